@@ -1,0 +1,40 @@
+"""MOAI-LLM: raw text to a language model that chats, on one machine.
+
+The public names are imported on first use, so that `import moai_llm` does not import torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "MoaiConfig": "moai_llm.config",
+    "MoaiForCausalLM": "moai_llm.modeling.model",
+    "MoaiModel": "moai_llm.modeling.model",
+    "get_config": "moai_llm.config",
+    "get_mamba_config": "moai_llm.config",
+    "list_recipes": "moai_llm.recipe",
+    "load_model": "moai_llm.inference",
+    "load_tokenizer": "moai_llm.tokenizer",
+    "sample_text": "moai_llm.inference",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]
+
+if TYPE_CHECKING:
+    from moai_llm.config import MoaiConfig, get_config, get_mamba_config
+    from moai_llm.inference import load_model, sample_text
+    from moai_llm.modeling.model import MoaiForCausalLM, MoaiModel
+    from moai_llm.recipe import list_recipes
+    from moai_llm.tokenizer import load_tokenizer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'moai_llm' has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

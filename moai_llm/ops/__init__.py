@@ -1,0 +1,1 @@
+"""Pure tensor functions and their kernels. They see tensors and numbers, never a config."""

@@ -1,0 +1,81 @@
+"""What every room may need and no room owns: the user's error type, the logger, device and dtype, seeds, optional imports.
+
+torch is imported inside the functions that need it, because `moai --help` must not wait for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("moai_llm")
+
+
+class MoaiError(ValueError):
+    """A mistake in what the user gave us. The message says what is wrong and what to do; the CLI prints it without a traceback."""
+
+
+def require(module: str, extra: str) -> Any:
+    """Import an optional dependency, or raise a `MoaiError` that names the extra which installs it."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MoaiError(f"this needs the package {module!r}: pip install 'moai-llm[{extra}]'") from error
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` takes CUDA when there is one, else the CPU; any other name is taken as it is.
+
+    Raises:
+        MoaiError: the named device is not on this machine.
+    """
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise MoaiError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are faster than fp32 on this device (AVX512-BF16 or AMX on a CPU, Ampere or later on CUDA)."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            flags = next((line for line in file if line.startswith("flags")), "")
+    except OSError:  # not Linux: no cheap way to know, and fp32 is always right
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators. Data order does not depend on them."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def cache_dir() -> str:
+    """Where things built for this machine are kept: `$MOAI_CACHE`, else `$XDG_CACHE_HOME/moai_llm`, else `~/.cache/moai_llm`."""
+    base = os.environ.get("MOAI_CACHE")
+    if base:
+        return base
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "moai_llm")
