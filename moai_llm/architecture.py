@@ -1,0 +1,209 @@
+"""Architecture: the choice of bricks, as plain data. Standard library only, so that listing and counting models needs no torch.
+
+Field names are those of transformers' configurations wherever one exists. `MoaiConfig` (config.py) is this plus what
+transformers wants; the `model:` section of a recipe (recipe.py) is exactly this.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+TOKEN_MIXER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
+CHANNEL_MIXER_TYPES = ("dense", "sparse", "none")
+LAYER_TYPE_ALIASES = {"mamba": "linear_attention", "attention": "full_attention"}
+
+
+@dataclass(kw_only=True)
+class Architecture:
+    """One decoder: per layer norm -> token mixer -> add, norm -> channel mixer -> add."""
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    num_hidden_layers: int = 8
+    #: token mixer of each layer; a shorter list is tiled over the depth. `mamba` is read as `linear_attention`
+    layer_types: list[str] | None = None
+    #: channel mixer of each layer: dense | sparse (mixture of experts) | none; tiled likewise
+    mlp_layer_types: list[str] | None = None
+    max_position_embeddings: int = 2048
+
+    # attention
+    num_attention_heads: int = 8
+    #: equal to the heads: multi-head; fewer: grouped-query; 1: multi-query
+    num_key_value_heads: int | None = None
+    #: independent of hidden_size / heads, as in Qwen3
+    head_dim: int | None = None
+    attention_bias: bool = False
+    use_qk_norm: bool = True
+    #: how many keys a query of a sliding_attention layer sees, itself included
+    sliding_window: int | None = None
+    position_embedding: Literal["rope", "learned", "none"] = "rope"
+    #: transformers' rope dictionary: rope_type, rope_theta, factor, ... ; `rope_type: ntk` is ours
+    rope_parameters: dict[str, Any] | None = None
+
+    # Mamba-1
+    ssm_state_size: int = 16
+    conv_kernel_size: int = 4
+    ssm_expand: int = 2
+    #: rank of the step size projection; None: hidden_size / 16, rounded up
+    ssm_dt_rank: int | None = None
+    conv_bias: bool = True
+    #: RMSNorm on dt, B and C. None: where a channel mixer follows, so that the model can leave as Jamba
+    ssm_norm: bool | None = None
+
+    # dense channel mixer
+    intermediate_size: int | None = None
+    hidden_act: str = "silu"
+    #: act(gate(x)) * up(x) (SwiGLU for silu), else act(up(x))
+    mlp_gated: bool = True
+    mlp_bias: bool = False
+
+    # mixture of experts
+    num_experts: int = 8
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int | None = None
+    norm_topk_prob: bool = True
+    router_bias: bool = False
+    #: learned noise on the router's choice while training (arXiv 1701.06538, section 2.1)
+    router_noise: bool = False
+    #: Switch load-balancing loss, summed over the sparse layers
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.0
+
+    norm_type: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    initializer_range: float = 0.02
+
+    def resolve(self) -> None:
+        """Fill in what follows from the rest, then validate.
+
+        Raises:
+            ValueError: the choice of bricks contradicts itself; the message says which fields and what to do.
+        """
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
+        self.ssm_dt_rank = self.ssm_dt_rank or math.ceil(self.hidden_size / 16)
+        aliased = [LAYER_TYPE_ALIASES.get(kind, kind) for kind in self.layer_types or ["full_attention"]]
+        self.layer_types = tile(aliased, self.num_hidden_layers)
+        self.mlp_layer_types = tile(self.mlp_layer_types or ["dense"], self.num_hidden_layers)
+        if self.ssm_norm is None:
+            pairs = zip(self.layer_types, self.mlp_layer_types)
+            self.ssm_norm = any(mixer == "linear_attention" and mlp != "none" for mixer, mlp in pairs)
+        self.rope_parameters = self._resolve_rope()
+        self._validate()
+
+    def _resolve_rope(self) -> dict[str, Any] | None:
+        if self.position_embedding != "rope":
+            return None
+        rope = dict(self.rope_parameters or {})
+        if "type" in rope:
+            rope.setdefault("rope_type", rope.pop("type"))
+        rope.setdefault("rope_type", "default")
+        rope["rope_theta"] = float(rope.get("rope_theta") or 10000.0)
+        if rope["rope_type"] == "yarn":  # the paper's names (arXiv 2309.00071, section 3.2) for the two borders of the ramp
+            for theirs, ours in (("alpha", "beta_slow"), ("beta", "beta_fast")):
+                if theirs in rope:
+                    rope.setdefault(ours, rope.pop(theirs))
+        if rope["rope_type"] == "ntk":
+            # NTK-aware scaling is a larger base and nothing else, so it leaves here as the default rope that any reader knows
+            factor, dim = float(rope.pop("factor", 1.0)), self.head_dim or 0
+            rope = {"rope_type": "default", "rope_theta": rope["rope_theta"] * factor ** (dim / (dim - 2))}
+        return rope
+
+    def _validate(self) -> None:
+        assert self.layer_types and self.mlp_layer_types and self.head_dim and self.num_key_value_heads
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _known("layer_types", self.layer_types, TOKEN_MIXER_TYPES)
+        _known("mlp_layer_types", self.mlp_layer_types, CHANNEL_MIXER_TYPES)
+        attends = any(kind != "linear_attention" for kind in self.layer_types)
+        if attends and self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
+                f"({self.num_key_value_heads})"
+            )
+        if attends and self.position_embedding == "rope" and self.head_dim % 2:
+            raise ValueError(f"RoPE rotates pairs, so head_dim must be even, got {self.head_dim}: set head_dim, e.g. to 128")
+        if "sliding_attention" in self.layer_types and not self.sliding_window:
+            raise ValueError("layer_types holds sliding_attention: set sliding_window to the number of keys it may see")
+        if "sparse" in self.mlp_layer_types:
+            if not 1 <= self.num_experts_per_tok <= self.num_experts:
+                raise ValueError(
+                    f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts ({self.num_experts})"
+                )
+            if self.num_experts_per_tok == 1 and self.norm_topk_prob and self.num_experts > 1:
+                raise ValueError(
+                    "with num_experts_per_tok = 1 a normalised weight is always 1 and the router never learns: "
+                    "set norm_topk_prob: false"
+                )
+
+    def parameters(self) -> dict[str, int]:
+        """Exact parameter counts of the resolved architecture, by part, with `total`, `active` and `non_embedding`.
+
+        `active` is what one token passes through: of the experts only num_experts_per_tok.
+        """
+        assert self.layer_types and self.mlp_layer_types, "call resolve() first"
+        h, norm = self.hidden_size, self.hidden_size * (2 if self.norm_type == "layer_norm" else 1)
+        expert = self._mlp_parameters(self.moe_intermediate_size or 0)
+        router = h * self.num_experts * (2 if self.router_noise else 1) + (self.num_experts if self.router_bias else 0)
+        mixers = {
+            "full_attention": self._attention_parameters(),
+            "sliding_attention": self._attention_parameters(),
+            "linear_attention": self._mamba_parameters(),
+        }
+        mlps = {
+            "dense": self._mlp_parameters(self.intermediate_size or 0),
+            "sparse": expert * self.num_experts + router,
+            "none": 0,
+        }
+        positions = self.max_position_embeddings * h if self.position_embedding == "learned" else 0
+        norms = self.num_hidden_layers + sum(kind != "none" for kind in self.mlp_layer_types) + 1
+        parts = {
+            "embedding": self.vocab_size * h + positions,
+            "token_mixers": sum(mixers[kind] for kind in self.layer_types),
+            "channel_mixers": sum(mlps[kind] for kind in self.mlp_layer_types),
+            "norms": norms * norm,
+            "head": 0 if self.tie_word_embeddings else self.vocab_size * h,
+        }
+        total = sum(parts.values())
+        idle = self.mlp_layer_types.count("sparse") * (self.num_experts - self.num_experts_per_tok) * expert
+        return {
+            **parts,
+            "total": total,
+            "active": total - idle,
+            "non_embedding": total - parts["embedding"] - parts["head"],
+        }
+
+    def _attention_parameters(self) -> int:
+        assert self.head_dim and self.num_key_value_heads
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        bias = queries + 2 * keys + self.hidden_size if self.attention_bias else 0
+        return self.hidden_size * (2 * queries + 2 * keys) + bias + (2 * self.head_dim if self.use_qk_norm else 0)
+
+    def _mamba_parameters(self) -> int:
+        assert self.ssm_dt_rank
+        h, d, n, r = self.hidden_size, self.ssm_expand * self.hidden_size, self.ssm_state_size, self.ssm_dt_rank
+        conv = d * self.conv_kernel_size + (d if self.conv_bias else 0)
+        ssm = d * (r + 2 * n) + r * d + d + d * n + d  # x_proj, dt_proj, dt_bias, A_log, D
+        return 3 * h * d + conv + ssm + (r + 2 * n if self.ssm_norm else 0)
+
+    def _mlp_parameters(self, width: int) -> int:
+        matrices = 3 if self.mlp_gated else 2
+        bias = (matrices - 1) * width + self.hidden_size if self.mlp_bias else 0
+        return matrices * self.hidden_size * width + bias
+
+
+def tile(pattern: list[str], length: int) -> list[str]:
+    """Repeat a short pattern over the depth: tile(["dense", "sparse"], 5) ends with "dense"."""
+    return [pattern[i % len(pattern)] for i in range(length)]
+
+
+def _known(field: str, values: list[str], allowed: tuple[str, ...]) -> None:
+    for value in values:
+        if value not in allowed:
+            raise ValueError(f"{field}: {value!r} is not one of {', '.join(allowed)}")

@@ -1,0 +1,55 @@
+"""RoPE frequencies for a config: transformers' own formulas, with one scale for the whole life of a sequence.
+
+Dynamic NTK and LongRoPE choose their frequencies by the length of the sequence. transformers chooses anew at every forward, so keys
+cached under one choice meet queries under another. Here the length is declared before the first token (`length`), and cached
+generation equals the uncached forward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from moai_llm.config import MoaiConfig
+from moai_llm.ops.rotary import rotary_table
+
+BY_LENGTH = ("dynamic", "longrope")
+
+
+class RotaryEmbedding(nn.Module):
+    """Positions -> (cos, sin), shared by all attention layers of a model."""
+
+    def __init__(self, config: MoaiConfig) -> None:
+        super().__init__()
+        self.config = config
+        assert config.rope_parameters is not None
+        self.rope_type: str = config.rope_parameters["rope_type"]
+        if self.rope_type != "default" and self.rope_type not in ROPE_INIT_FUNCTIONS:
+            known = ", ".join(["default", "ntk", *ROPE_INIT_FUNCTIONS])
+            raise ValueError(f"rope_type {self.rope_type!r} is unknown; there are {known}")
+        # plain attributes: a buffer would follow model.to(bf16), and frequencies must stay fp32
+        with torch.device("cpu"):
+            self._fixed = self._frequencies(None)
+        self._on_device: dict[torch.device, Tensor] = {}
+
+    def _frequencies(self, length: int | None) -> tuple[Tensor, float]:
+        """(inverse frequencies (r/2,) fp32, attention factor) for a sequence of this length."""
+        if self.rope_type == "default":
+            rope, dim = self.config.rope_parameters, self.config.head_dim
+            assert rope is not None and dim is not None
+            dim = int(dim * rope.get("partial_rotary_factor", 1.0))
+            exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+            return 1.0 / (rope["rope_theta"] ** exponents), 1.0
+        return ROPE_INIT_FUNCTIONS[self.rope_type](self.config, torch.device("cpu"), seq_len=length)
+
+    def forward(self, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, L, r/2) in fp32 for positions (B, L) of sequences that will reach `length` tokens."""
+        if self.rope_type in BY_LENGTH:
+            inv_freq, factor = self._frequencies(length)
+            return rotary_table(position_ids, inv_freq.to(position_ids.device), factor)
+        inv_freq, factor = self._fixed
+        device = position_ids.device
+        if device not in self._on_device:
+            self._on_device[device] = inv_freq.to(device)
+        return rotary_table(position_ids, self._on_device[device], factor)
