@@ -1,0 +1,303 @@
+"""Recipe: one typed tree that says a whole run. A YAML file fills it, `a.b=c` on the command line overrides it.
+
+The directory of YAML files is the registry of presets; there is no inheritance between files and one indirection: `model: NAME`
+takes the model section of another recipe. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+
+from moai_llm.architecture import Architecture
+from moai_llm.runtime import MoaiError
+
+if TYPE_CHECKING:
+    from moai_llm.config import MoaiConfig
+
+RECIPES = Path(__file__).parent / "recipes"
+
+# what other trainers call it -> where it lives here
+ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "max_steps": "train.steps",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "output_dir": "train.out",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_tokens, tokens per step, from which accumulation follows",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "warmup_steps": "schedule.warmup",
+    "bf16": "train.precision=bf16",
+    "fp16": "train.precision=fp16",
+    "max_length": "data.seq_len",
+    "max_seq_length": "data.seq_len",
+    "save_steps": "checkpoint.every",
+    "save_total_limit": "checkpoint.keep_last",
+    "eval_steps": "eval.every",
+    "logging_steps": "log.every",
+}
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    #: a prepared store (`moai data prepare`)
+    train: str | None = None
+    #: a prepared store for evaluation; None: no evaluation
+    valid: str | None = None
+    #: tokens in a row; documents are packed into rows, longer ones are cut
+    seq_len: int = 1024
+
+
+@dataclass(kw_only=True)
+class LossConfig:
+    #: cross_entropy | focal | label_smoothing | multi_objective
+    type: str = "cross_entropy"
+    params: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    name: Literal["adamw"] = "adamw"
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    #: on matrices only: not on norms, biases, embeddings' positions or the state space's A_log, D, dt_bias
+    weight_decay: float = 0.1
+
+
+@dataclass(kw_only=True)
+class ScheduleConfig:
+    #: warmup-stable-decay (arXiv 2410.05192) or cosine
+    name: Literal["wsd", "cosine", "constant"] = "wsd"
+    #: steps, or with a value below 1 a share of all steps
+    warmup: float = 0.02
+    #: share of all steps in which wsd decays
+    decay: float = 0.2
+    #: the lowest learning rate, as a share of `optim.lr`
+    min_ratio: float = 0.0
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    #: the run directory
+    out: str = "runs/run"
+    #: a model directory to go on from (continued pretraining, fine-tuning)
+    init_from: str | None = None
+    #: how long: exactly one of the three
+    steps: int | None = None
+    tokens: float | None = None
+    epochs: float | None = None
+    #: tokens per optimizer step; gradient accumulation follows from it
+    batch_tokens: int = 65536
+    #: rows per forward pass
+    micro_batch_size: int = 8
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    #: auto | cpu | cuda | cuda:1 ...
+    device: str = "auto"
+    #: auto is bf16 where the device is faster in it, else fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    #: TF32 matrix products on CUDA for what stays in fp32
+    tf32: bool = True
+    compile: bool = False
+    #: recompute layers in the backward instead of keeping their activations
+    activation_checkpointing: bool = False
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    #: steps between checkpoints; the last step is always saved
+    every: int = 1000
+    keep_last: int = 2
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    #: steps between evaluations on data.valid; 0: only at the end
+    every: int = 0
+    #: rows of data.valid; None: all
+    rows: int | None = 64
+    #: text to continue at each evaluation, to watch the model learn
+    prompts: list[str] = field(default_factory=list)
+    prompt_tokens: int = 48
+
+
+@dataclass(kw_only=True)
+class LogConfig:
+    #: steps between lines of metrics
+    every: int = 10
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    description: str = ""
+    model: Architecture = field(default_factory=Architecture)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def list_recipes() -> list[str]:
+    """Names of the presets that ship with the package, sorted."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a preset by name or a YAML file by path, apply `a.b=c` overrides, validate once.
+
+    Raises:
+        MoaiError: no such recipe, unreadable YAML, an unknown key (with the nearest known one), a value of the wrong type, or an
+            architecture that contradicts itself.
+    """
+    tree = _read(name_or_path)
+    if isinstance(tree.get("model"), str):
+        tree["model"] = _read(tree["model"]).get("model", {})
+    for item in overrides:
+        _override(tree, item)
+    return from_tree(tree, source=str(name_or_path))
+
+
+def from_tree(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """Validate a nested mapping as a recipe; raises `MoaiError` like `load`."""
+    from pydantic import TypeAdapter, ValidationError
+
+    for cls in (Recipe, *(t for t in get_type_hints(Recipe).values() if is_dataclass(t))):
+        cls.__pydantic_config__ = {"extra": "forbid"}
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(tree)
+    except ValidationError as error:
+        lines = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+        raise MoaiError(f"{source} is not a valid recipe:\n{lines}") from None
+    try:
+        recipe.model.resolve()
+    except ValueError as error:
+        raise MoaiError(f"{source}: model: {error}") from None
+    return recipe
+
+
+def to_tree(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain YAML types, every key written out."""
+    tree = asdict(recipe)
+    tree["optim"]["betas"] = list(recipe.optim.betas)
+    return tree
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML of the resolved recipe; loading it gives the same recipe."""
+    import yaml
+
+    return yaml.safe_dump(to_tree(recipe), sort_keys=False, allow_unicode=True)
+
+
+def get_config(name_or_path: str | Path) -> MoaiConfig:
+    """A `MoaiConfig` from a preset name, a recipe YAML, a config JSON or a model directory.
+
+    Raises:
+        MoaiError: there is no such thing, or it is not valid.
+    """
+    from moai_llm.config import MoaiConfig
+
+    path = Path(name_or_path)
+    if path.is_dir() or path.suffix == ".json":
+        file = path / "config.json" if path.is_dir() else path
+        if not file.is_file():
+            raise MoaiError(f"{file}: no such file")
+        import json
+
+        values = json.loads(file.read_text(encoding="utf-8"))
+        kind = values.pop("model_type", "moai")
+        if kind == "mamba_moai":  # the older Mamba files: every layer Mamba, a SwiGLU after it
+            values.setdefault("layer_types", ["linear_attention"])
+        elif kind != "moai":
+            raise MoaiError(f"{file}: model_type {kind!r} is not ours; convert it with moai_llm.modeling.convert")
+        return MoaiConfig(**values)
+    return MoaiConfig(**asdict(load(name_or_path).model))
+
+
+def get_mamba_config(size: str) -> MoaiConfig:
+    """get_mamba_config("2b") is get_config("moai-mamba-2b")."""
+    return get_config(f"moai-mamba-{size}")
+
+
+def _read(name_or_path: str | Path) -> dict[str, Any]:
+    import yaml
+
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = RECIPES / f"{name_or_path}.yaml"
+        if not path.is_file():
+            raise MoaiError(f"no recipe {str(name_or_path)!r}{_nearest(str(name_or_path), list_recipes())}; see `moai recipes`")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MoaiError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MoaiError(f"{path} is not readable YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise MoaiError(f"{path} is not a recipe: expected sections such as `model:` and `train:`")
+    return tree
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    import yaml
+
+    key, separator, value = item.partition("=")
+    if not separator:
+        raise MoaiError(f"{item!r} is not an override; write section.key=value, e.g. train.steps=100")
+    *parents, leaf = key.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise MoaiError(f"{item!r}: {parent} is a value, not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        node[leaf] = value
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    """One line for one of pydantic's errors: the dotted key, what is wrong, the nearest known key."""
+    location = [str(part) for part in problem["loc"]]
+    dotted = ".".join(location)
+    if problem["type"] == "unexpected_keyword_argument":
+        return f"{dotted}: unknown key{_hint(location)}"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{dotted}: {message}, got {problem['input']!r}"
+
+
+def _hint(location: list[str]) -> str:
+    """Where the key that was meant may live: under another name, in another section, or nearly so spelt here."""
+    key = location[-1]
+    if key in ELSEWHERE:
+        return f" (here it is {ELSEWHERE[key]})"
+    sections = [f.name for f in fields(Recipe) if key in _keys_at([f.name])]
+    if sections:
+        return f" (did you mean '{sections[0]}.{key}'?)"
+    return _nearest(key, _keys_at(location[:-1]))
+
+
+def _keys_at(location: list[str]) -> list[str]:
+    cls: Any = Recipe
+    for part in location:
+        hint = get_type_hints(cls).get(part)
+        cls = hint if is_dataclass(hint) else next((t for t in get_args(hint) if is_dataclass(t)), None)
+        if cls is None:
+            return []
+    return [f.name for f in fields(cls)]
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
