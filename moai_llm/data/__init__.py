@@ -1,0 +1,1 @@
+"""From files to batches: sources, the token store, packing, the loader. Needs a tokenizer, knows nothing of models."""
