@@ -20,13 +20,24 @@ _EXPORTS = {
     "sample_text": "moai_llm.inference",
 }
 
-__all__ = ["__version__", *sorted(_EXPORTS)]
+__all__ = [
+    "MoaiConfig",
+    "MoaiForCausalLM",
+    "MoaiModel",
+    "__version__",
+    "get_config",
+    "get_mamba_config",
+    "list_recipes",
+    "load_model",
+    "load_tokenizer",
+    "sample_text",
+]
 
 if TYPE_CHECKING:
-    from moai_llm.config import MoaiConfig, get_config, get_mamba_config
+    from moai_llm.config import MoaiConfig
     from moai_llm.inference import load_model, sample_text
     from moai_llm.modeling.model import MoaiForCausalLM, MoaiModel
-    from moai_llm.recipe import list_recipes
+    from moai_llm.recipe import get_config, get_mamba_config, list_recipes
     from moai_llm.tokenizer import load_tokenizer
 
 

@@ -1,4 +1,5 @@
-"""Architecture: the choice of bricks, as plain data. Standard library only, so that listing and counting models needs no torch.
+"""Architecture: the choice of bricks, as plain data. Standard library only, so that listing and counting models needs
+no torch.
 
 Field names are those of transformers' configurations wherever one exists. `MoaiConfig` (config.py) is this plus what
 transformers wants; the `model:` section of a recipe (recipe.py) is exactly this.
@@ -104,12 +105,15 @@ class Architecture:
             rope.setdefault("rope_type", rope.pop("type"))
         rope.setdefault("rope_type", "default")
         rope["rope_theta"] = float(rope.get("rope_theta") or 10000.0)
-        if rope["rope_type"] == "yarn":  # the paper's names (arXiv 2309.00071, section 3.2) for the two borders of the ramp
+        if (
+            rope["rope_type"] == "yarn"
+        ):  # the paper's names (arXiv 2309.00071, section 3.2) for the two borders of the ramp
             for theirs, ours in (("alpha", "beta_slow"), ("beta", "beta_fast")):
                 if theirs in rope:
                     rope.setdefault(ours, rope.pop(theirs))
         if rope["rope_type"] == "ntk":
-            # NTK-aware scaling is a larger base and nothing else, so it leaves here as the default rope that any reader knows
+            # NTK-aware scaling is a larger base and nothing else, so it leaves here as the default rope that any
+            # reader knows
             factor, dim = float(rope.pop("factor", 1.0)), self.head_dim or 0
             rope = {"rope_type": "default", "rope_theta": rope["rope_theta"] * factor ** (dim / (dim - 2))}
         return rope
@@ -128,13 +132,16 @@ class Architecture:
                 f"({self.num_key_value_heads})"
             )
         if attends and self.position_embedding == "rope" and self.head_dim % 2:
-            raise ValueError(f"RoPE rotates pairs, so head_dim must be even, got {self.head_dim}: set head_dim, e.g. to 128")
+            raise ValueError(
+                f"RoPE rotates pairs, so head_dim must be even, got {self.head_dim}: set head_dim, e.g. to 128"
+            )
         if "sliding_attention" in self.layer_types and not self.sliding_window:
             raise ValueError("layer_types holds sliding_attention: set sliding_window to the number of keys it may see")
         if "sparse" in self.mlp_layer_types:
             if not 1 <= self.num_experts_per_tok <= self.num_experts:
                 raise ValueError(
-                    f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts ({self.num_experts})"
+                    f"num_experts_per_tok ({self.num_experts_per_tok}) must lie between 1 and num_experts "
+                    f"({self.num_experts})"
                 )
             if self.num_experts_per_tok == 1 and self.norm_topk_prob and self.num_experts > 1:
                 raise ValueError(

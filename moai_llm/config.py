@@ -22,10 +22,11 @@ LEGACY_KEYS = {
 
 @strict
 class MoaiConfig(Architecture, PreTrainedConfig):
-    """The fields of `Architecture` plus token ids and transformers' own. Unknown keyword arguments are kept, as transformers does.
+    """The fields of `Architecture` plus token ids and transformers' own. Unknown keyword arguments are kept, as
+    transformers does.
 
-    `rope_scaling` and `rope_theta` are read into `rope_parameters`; the older Mamba keys (`state_size`, `expand_factor`) are
-    translated.
+    `rope_scaling` and `rope_theta` are read into `rope_parameters`; the older Mamba keys (`state_size`,
+    `expand_factor`) are translated.
 
     Raises:
         ValueError: the choice of bricks contradicts itself.

@@ -56,9 +56,7 @@ class Loss:
 
     def sums(self, hidden: Tensor, weight: Tensor, labels: Tensor) -> LossSums:
         """Loss sums from hidden states (T, d), the head's weight (V, d) and labels (T,); see ops/cross_entropy.py."""
-        return linear_cross_entropy(
-            hidden, weight, labels, objective=self.objective, ignore_index=self.ignore_index
-        )
+        return linear_cross_entropy(hidden, weight, labels, objective=self.objective, ignore_index=self.ignore_index)
 
 
 def create_loss_function(config: dict[str, Any]) -> Loss:
@@ -92,8 +90,8 @@ def chunked_cross_entropy_loss(
 ) -> Tensor:
     """Cross-entropy of logits (..., V) that exist already, in fp32 chunks of `chunk_size` rows.
 
-    It spares the fp32 copies of the logits, not the logits; `linear_cross_entropy` spares those too. Labels are already shifted.
-    With no target at all the mean is 0 and has zero gradients.
+    It spares the fp32 copies of the logits, not the logits; `linear_cross_entropy` spares those too. Labels are
+    already shifted. With no target at all the mean is 0 and has zero gradients.
 
     Raises:
         ValueError: shapes that do not agree, or a reduction other than mean or sum.
@@ -116,5 +114,7 @@ def chunked_cross_entropy_loss(
 
 
 def shift_labels(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Labels (B, L) aligned with their inputs -> the label each position predicts: one to the left, nothing at the end."""
+    """Labels (B, L) aligned with their inputs -> the label each position predicts: one to the left, nothing at the
+    end.
+    """
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)

@@ -1,7 +1,7 @@
 """Recipe: one typed tree that says a whole run. A YAML file fills it, `a.b=c` on the command line overrides it.
 
-The directory of YAML files is the registry of presets; there is no inheritance between files and one indirection: `model: NAME`
-takes the model section of another recipe. Nothing here imports torch.
+The directory of YAML files is the registry of presets; there is no inheritance between files and one indirection:
+`model: NAME` takes the model section of another recipe. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class OptimConfig:
     lr: float = 3e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
-    #: on matrices only: not on norms, biases, embeddings' positions or the state space's A_log, D, dt_bias
+    #: on matrices, not on norms, biases or the state space's A_log, D and dt_bias
     weight_decay: float = 0.1
 
 
@@ -156,8 +156,8 @@ def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a preset by name or a YAML file by path, apply `a.b=c` overrides, validate once.
 
     Raises:
-        MoaiError: no such recipe, unreadable YAML, an unknown key (with the nearest known one), a value of the wrong type, or an
-            architecture that contradicts itself.
+        MoaiError: no such recipe, unreadable YAML, an unknown key (with the nearest known one), a value of the wrong
+            type, or an architecture that contradicts itself.
     """
     tree = _read(name_or_path)
     if isinstance(tree.get("model"), str):
@@ -236,7 +236,9 @@ def _read(name_or_path: str | Path) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml"):
         path = RECIPES / f"{name_or_path}.yaml"
         if not path.is_file():
-            raise MoaiError(f"no recipe {str(name_or_path)!r}{_nearest(str(name_or_path), list_recipes())}; see `moai recipes`")
+            raise MoaiError(
+                f"no recipe {str(name_or_path)!r}{_nearest(str(name_or_path), list_recipes())}; see `moai recipes`"
+            )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,4 +1,5 @@
-"""What every room may need and no room owns: the user's error type, the logger, device and dtype, seeds, optional imports.
+"""What every room may need and no room owns: the user's error type, the logger, device and dtype, seeds, optional
+imports.
 
 torch is imported inside the functions that need it, because `moai --help` must not wait for it.
 """
@@ -13,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from rich.console import Console
 
 logger = logging.getLogger("moai_llm")
 
 
 class MoaiError(ValueError):
-    """A mistake in what the user gave us. The message says what is wrong and what to do; the CLI prints it without a traceback."""
+    """A mistake in what the user gave us. The message says what is wrong and what to do; the CLI prints it without a
+    traceback.
+    """
 
 
 def require(module: str, extra: str) -> Any:
@@ -48,7 +52,9 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products are faster than fp32 on this device (AVX512-BF16 or AMX on a CPU, Ampere or later on CUDA)."""
+    """Whether bf16 matrix products are faster than fp32 on this device (AVX512-BF16 or AMX on a CPU, Ampere or later
+    on CUDA).
+    """
     import torch
 
     if device.type == "cuda":
@@ -63,6 +69,14 @@ def has_fast_bf16(device: torch.device) -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def make_console() -> Console:
+    """Standard output for people; wide tables stay whole when it is a file or a pipe."""
+    from rich.console import Console
+
+    plain = Console()
+    return Console(highlight=False, width=None if plain.is_terminal else 200)
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global generators. Data order does not depend on them."""
     import numpy as np
@@ -74,7 +88,9 @@ def seed_everything(seed: int) -> None:
 
 
 def cache_dir() -> str:
-    """Where things built for this machine are kept: `$MOAI_CACHE`, else `$XDG_CACHE_HOME/moai_llm`, else `~/.cache/moai_llm`."""
+    """Where things built for this machine are kept: `$MOAI_CACHE`, else `$XDG_CACHE_HOME/moai_llm`, else
+    `~/.cache/moai_llm`.
+    """
     base = os.environ.get("MOAI_CACHE")
     if base:
         return base

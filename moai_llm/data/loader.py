@@ -1,7 +1,7 @@
 """Batches of packed rows, as a pure function of (seed, step): there is no state to lose.
 
-Row number i of the endless stream is row `permute(i mod rows)` of epoch `i div rows`; a step takes the next rows_per_step of them.
-So a run resumes at any step, and any number of ranks can share the rows of a step.
+Row number i of the endless stream is row `permute(i mod rows)` of epoch `i div rows`; a step takes the next
+rows_per_step of them. So a run resumes at any step, and any number of ranks can share the rows of a step.
 """
 
 from __future__ import annotations

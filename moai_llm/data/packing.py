@@ -1,7 +1,7 @@
 """Documents into rows of a fixed length: best-fit decreasing (arXiv 2404.10830), so that what fits is never cut.
 
-Bins are looked up by their free space in a bit set held in one integer: finding the fullest bin that still takes a document is two
-shifts, whatever the number of bins.
+Bins are looked up by their free space in a bit set held in one integer: finding the fullest bin that still takes a
+document is two shifts, whatever the number of bins.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def pack_best_fit(lengths: np.ndarray, capacity: int, overlong: Literal["split",
     Args:
         overlong: documents longer than a row are cut into pieces (`split`) or to their beginning (`truncate`).
 
-    Longest first, each into the fullest row that still takes it; ties by document number, so the result is a pure function of its
-    arguments.
+    Longest first, each into the fullest row that still takes it; ties by document number, so the result is a pure
+    function of its arguments.
     """
     document, start, length = _pieces(np.asarray(lengths, dtype=np.int64), capacity, overlong)
     order = np.lexsort((start, document, -length))
@@ -65,7 +65,12 @@ def pack_best_fit(lengths: np.ndarray, capacity: int, overlong: Literal["split",
     flat = np.fromiter((piece for row in rows for piece in row), dtype=np.int64, count=len(document))
     total = int(np.sum(lengths))
     return Packing(
-        np.concatenate([[0], counts.cumsum()]), document[flat], start[flat], length[flat], capacity, total - int(length.sum())
+        np.concatenate([[0], counts.cumsum()]),
+        document[flat],
+        start[flat],
+        length[flat],
+        capacity,
+        total - int(length.sum()),
     )
 
 

@@ -95,7 +95,9 @@ def prepare_chats(
                 rendered = render(tokenizer, messages)
             except MoaiError as error:
                 raise MoaiError(f"{place}: {error}") from None
-            writer.add(rendered.ids, sum(len(m["content"].encode("utf-8", "replace")) for m in messages), rendered.learn)
+            writer.add(
+                rendered.ids, sum(len(m["content"].encode("utf-8", "replace")) for m in messages), rendered.learn
+            )
             if progress is not None:
                 progress(read, writer.tokens)
         if read and dropped.total() == read:

@@ -113,7 +113,9 @@ class StoreWriter:
             path = self._tmp / name
             described[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         tokens, documents = self._borders[-1], len(self._borders) - 1
-        self.manifest.shards.append({"stem": self._stem(), "tokens": tokens, "documents": documents, "files": described})
+        self.manifest.shards.append(
+            {"stem": self._stem(), "tokens": tokens, "documents": documents, "files": described}
+        )
         self.manifest.tokens += tokens
         self.manifest.documents += documents
         self._borders, self._files = [0], {}
@@ -149,7 +151,9 @@ class StoreWriter:
     def __enter__(self) -> StoreWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             self.abort()
 
@@ -165,7 +169,9 @@ class Store:
         self.path = Path(path)
         file = self.path / "manifest.json"
         if not file.is_file():
-            raise MoaiError(f"{self.path} is not a prepared store (no manifest.json): make one with `moai data prepare`")
+            raise MoaiError(
+                f"{self.path} is not a prepared store (no manifest.json): make one with `moai data prepare`"
+            )
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
             if content.get("format") != FORMAT:

@@ -28,7 +28,8 @@ def read_records(paths: Iterable[str | Path]) -> Iterator[Record]:
     """All records of files and folders, in sorted order.
 
     Raises:
-        MoaiError: a missing path, a folder without readable files, an unknown suffix, text that is not UTF-8, a broken record.
+        MoaiError: a missing path, a folder without readable files, an unknown suffix, text that is not UTF-8, a
+            broken record.
     """
     for file in list_files(paths):
         yield from SOURCES[file.suffix.lower()](file)
@@ -58,14 +59,18 @@ def list_files(paths: Iterable[str | Path]) -> list[Path]:
     for given in paths:
         path = Path(given)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in SOURCES and p.is_file() and not _hidden(p, path))
+            found = sorted(
+                p for p in path.rglob("*") if p.suffix.lower() in SOURCES and p.is_file() and not _hidden(p, path)
+            )
             if not found:
                 raise MoaiError(f"{path}: no file there ends in {', '.join(SOURCES)}")
             files += found
         elif not path.exists():
             raise MoaiError(f"{path}: no such file or folder")
         elif path.suffix.lower() not in SOURCES:
-            raise MoaiError(f"{path}: cannot read {path.suffix or 'files without a suffix'}; known are {', '.join(SOURCES)}")
+            raise MoaiError(
+                f"{path}: cannot read {path.suffix or 'files without a suffix'}; known are {', '.join(SOURCES)}"
+            )
         else:
             files.append(path)
     return files

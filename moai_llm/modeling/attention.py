@@ -1,4 +1,6 @@
-"""Attention: multi-head, grouped-query or multi-query by its head counts, full or sliding, with RoPE, learned positions or none."""
+"""Attention: multi-head, grouped-query or multi-query by its head counts, full or sliding, with RoPE, learned
+positions or none.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from moai_llm.ops.rotary import apply_rotary
 
 
 class Attention(nn.Module):
-    """Token mixer `full_attention` and `sliding_attention` (arXiv 2305.13245; QK-norm as in Qwen3, arXiv 2505.09388)."""
+    """Token mixer `full_attention` and `sliding_attention` (arXiv 2305.13245; QK-norm as in Qwen3, arXiv 2505.09388).
+    """
 
     def __init__(self, config: MoaiConfig, layer_idx: int) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""Mamba-1, the selective state space mixer (arXiv 2312.00752), with Jamba's norms on its small projections (2403.19887)."""
+"""Mamba-1, the selective state space mixer (arXiv 2312.00752), with Jamba's norms on its small projections
+(2403.19887).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of the initial step sizes, 
 
 
 class Mamba(nn.Module):
-    """Token mixer `linear_attention`. Its decoding state is constant: (D, N) fp32 and the last K inputs of the convolution."""
+    """Token mixer `linear_attention`. Its decoding state is constant: (D, N) fp32 and the last K inputs of the
+    convolution.
+    """
 
     KEEP_FP32 = ("A_log", "D", "dt_bias")
 
@@ -44,7 +48,9 @@ class Mamba(nn.Module):
         self.dt_norm, self.B_norm, self.C_norm = norms
 
     def init_weights(self) -> None:
-        """A_log = log(1..N), D = 1, and dt_bias so that softplus gives steps log-uniform in [1e-3, 1e-1] (section 3.6)."""
+        """A_log = log(1..N), D = 1, and dt_bias so that softplus gives steps log-uniform in [1e-3, 1e-1] (section
+        3.6).
+        """
         inner, states = self.A_log.shape
         init.copy_(self.A_log, torch.arange(1, states + 1, dtype=torch.float32).log().expand(inner, states))
         init.ones_(self.D)
@@ -56,7 +62,9 @@ class Mamba(nn.Module):
             init.zeros_(self.conv_bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Mamba:
-        """model.to(dtype) moves these three but never rounds them: the recurrence overflows or drifts in half precision."""
+        """model.to(dtype) moves these three but never rounds them: the recurrence overflows or drifts in half
+        precision.
+        """
         kept = {name: getattr(self, name).data for name in self.KEEP_FP32}
         super()._apply(fn, recurse)
         for name, before in kept.items():

@@ -1,4 +1,6 @@
-"""The whole model as transformers knows it: MoaiModel (hidden states), MoaiForCausalLM (loss or logits), Auto registration."""
+"""The whole model as transformers knows it: MoaiModel (hidden states), MoaiForCausalLM (loss or logits), Auto
+registration.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,8 @@ class MoaiModelOutput(ModelOutput):
 
 @dataclass
 class MoaiCausalLMOutput(CausalLMOutputWithPast):
-    """`loss` is what is trained on. `cross_entropy` is its next-token part alone and `aux_loss` its router part, both detached
-    and normalised like the loss."""
+    """`loss` is what is trained on. `cross_entropy` is its next-token part alone and `aux_loss` its router part, both
+    detached and normalised like the loss."""
 
     cross_entropy: Tensor | None = None
     aux_loss: Tensor | None = None
@@ -74,16 +76,15 @@ class MoaiModel(MoaiPreTrainedModel):
             `position_ids` where those restart and it is not given.
         token_mask: (B, L) which tokens the router's sums count; all but padding when None.
         noise_key: () int64 tensor that the router's noise is a function of; a counter of forward calls when None.
-        rope_length: how long the sequences will become, for RoPE rules that depend on it; this forward's own end when None.
+        rope_length: how long the sequences will become, for RoPE rules that depend on it; this forward's own end when
+            None.
     """
 
     def __init__(self, config: MoaiConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         learned = config.position_embedding == "learned"
-        self.embed_positions = (
-            nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
-        )
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size) if learned else None
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         assert config.layer_types is not None and config.mlp_layer_types is not None
@@ -129,7 +130,9 @@ class MoaiModel(MoaiPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past = _past_length(past_key_values)
         length = past + x.shape[1]
-        given = attention_mask if isinstance(attention_mask, dict) else None  # generate() with a static cache makes them
+        given = (
+            attention_mask if isinstance(attention_mask, dict) else None
+        )  # generate() with a static cache makes them
         padded = _without_full_mask(attention_mask if given is None else given.get("linear_attention"))
         if seq_idx is None and past == 0 and position_ids is not None and padded is None:
             seq_idx = _documents(position_ids)
@@ -142,7 +145,7 @@ class MoaiModel(MoaiPreTrainedModel):
         if self.embed_positions is not None:
             if length > self.config.max_position_embeddings:
                 raise ValueError(
-                    f"this model has {self.config.max_position_embeddings} learned positions; {length} tokens do not fit"
+                    f"this model has {self.config.max_position_embeddings} learned positions, {length} do not fit"
                 )
             x = x + self.embed_positions(position_ids)
         rope = None if self.rotary is None else self.rotary(position_ids, max(length, rope_length or 0))
@@ -236,10 +239,11 @@ class MoaiForCausalLM(MoaiPreTrainedModel, GenerationMixin):
         """
         Args:
             labels: (B, L) aligned with the inputs and shifted here; -100 has no target.
-            num_items_in_batch: targets of the whole batch, over all its micro-batches and ranks: the loss is the sum divided
-                by it, so that accumulated micro-batches add up to the big batch. The targets of this call when None.
-            router_load: (sparse layers, E) share of all selections per expert, that the balance loss multiplies with; this
-                call's own when None. With several micro-batches it must be the same for all of them.
+            num_items_in_batch: targets of the whole batch, over all its micro-batches and ranks: the loss is the sum
+                divided by it, so that accumulated micro-batches add up to the big batch. The targets of this call
+                when None.
+            router_load: (sparse layers, E) share of all selections per expert, that the balance loss multiplies with;
+                this call's own when None. With several micro-batches it must be the same for all of them.
             return_logits: also compute logits beside a loss; by default only when not training.
 
         Raises:
@@ -254,7 +258,9 @@ class MoaiForCausalLM(MoaiPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            use_cache=self.config.use_cache and labels is None and not self.training if use_cache is None else use_cache,
+            use_cache=self.config.use_cache and labels is None and not self.training
+            if use_cache is None
+            else use_cache,
             **kwargs,
         )
         hidden = output.last_hidden_state

@@ -1,7 +1,7 @@
 """The sparse channel mixer: a router and stacked experts (arXiv 1701.06538, 2101.03961), dropless.
 
-What the router reports leaves as output and is added up by the model, outside any recomputed region: a buffer written here would
-count a token twice under activation checkpointing.
+What the router reports leaves as output and is added up by the model, outside any recomputed region: a buffer written
+here would count a token twice under activation checkpointing.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """RoPE frequencies for a config: transformers' own formulas, with one scale for the whole life of a sequence.
 
-Dynamic NTK and LongRoPE choose their frequencies by the length of the sequence. transformers chooses anew at every forward, so keys
-cached under one choice meet queries under another. Here the length is declared before the first token (`length`), and cached
-generation equals the uncached forward.
+Dynamic NTK and LongRoPE choose their frequencies by the length of the sequence. transformers chooses anew at every
+forward, so keys cached under one choice meet queries under another. Here the length is declared before the first
+token (`length`), and cached generation equals the uncached forward.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """Causal attention over (batch, heads, length, head_dim), with grouped keys, a sliding window and document borders.
 
-Queries are the last Lq of Lk positions, so a cache needs no extra argument. A row never looks across a border of `seq_idx`.
+Queries are the last Lq of Lk positions, so a cache needs no extra argument. A row never looks across a border of
+`seq_idx`.
 
-`reference` writes the scores out; `sdpa` hands one boolean mask to torch; `split` cuts packed rows at their borders and windowed
-rows into blocks, so that torch's causal kernel runs on each piece and no L x L mask exists (6x faster than a mask on a CPU).
+`reference` writes the scores out; `sdpa` hands one boolean mask to torch; `split` cuts packed rows at their borders
+and windowed rows into blocks, so that torch's causal kernel runs on each piece and no L x L mask exists (6x faster
+than a mask on a CPU).
 """
 
 from __future__ import annotations
@@ -29,8 +31,8 @@ def attention(
 
     Args:
         q: (B, H, Lq, d). k, v: (B, K, Lk, d) with H a multiple of K and Lk >= Lq.
-        mask: (B or 1, 1, Lq, Lk), boolean (true = may look) or additive. It then says everything; causality, `seq_idx` and
-            `window` are not applied on top.
+        mask: (B or 1, 1, Lq, Lk), boolean (true = may look) or additive. It then says everything; causality,
+            `seq_idx` and `window` are not applied on top.
         seq_idx: (B, L) document number of each position, for Lq == Lk.
         window: a query sees this many keys, itself included.
         scale: default 1 / sqrt(d).
@@ -106,7 +108,9 @@ def attention_split(
 
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
-    """One document: in one call, or a block of `window` queries at a time against the at most 2 window - 1 keys they see."""
+    """One document: in one call, or a block of `window` queries at a time against the at most 2 window - 1 keys they
+    see.
+    """
     length = q.shape[2]
     if window is None or window >= length:
         return attention_sdpa(q, k, v, None, None, None, scale)

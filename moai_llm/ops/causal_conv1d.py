@@ -1,8 +1,10 @@
-"""The short depthwise causal convolution in front of a selective scan, with document borders, and its single-token step.
+"""The short depthwise causal convolution in front of a selective scan, with document borders, and its single-token
+step.
 
     y_t = bias + sum_k weight[:, K-1-k] x_{t-k}        over the k in 0..K-1 whose x_{t-k} lies in the same document
 
-Written as K shifted multiply-adds on (batch, length, channels): the layout of the layers around it, so nothing is transposed.
+Written as K shifted multiply-adds on (batch, length, channels): the layout of the layers around it, so nothing is
+transposed.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def conv_tail(x: Tensor, length: int, seq_idx: Tensor | None = None) -> Tensor:
     return tail * (seq_idx[:, -length:] == seq_idx[:, -1:])[..., None]
 
 
-def conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, state: Tensor | None) -> Tensor:
+def conv_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, state: Tensor | None
+) -> Tensor:
     """One output at a time."""
     kernel = weight.shape[1]
     outputs = []
@@ -55,7 +59,9 @@ def conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tens
     return torch.stack(outputs, 1)
 
 
-def conv_shifted(x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, state: Tensor | None) -> Tensor:
+def conv_shifted(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, state: Tensor | None
+) -> Tensor:
     """All outputs at once: one multiply-add per tap."""
     kernel, length = weight.shape[1], x.shape[1]
     w = weight.to(x.dtype)

@@ -7,7 +7,8 @@ Every objective here has, for one row with logits z, probabilities p = softmax(z
 so one pass over a chunk gives loss and gradient together, in place; the backward only scales what the forward kept.
 
     cross-entropy    -log p_y                                              a = b = 1
-    focal            (1 - p_y)^g (-log p_y)          arXiv 1708.02002      a = b = (1 - p_y)^g - g p_y (1 - p_y)^(g-1) log p_y
+    focal            (1 - p_y)^g (-log p_y)          arXiv 1708.02002      a = b = (1 - p_y)^g - g p_y (1 - p_y)^(g-1)
+    log p_y
     smoothed         (1 - s) (-log p_y) + s mean_v(-log p_v)   1512.00567  a = 1, b = 1 - s, c = s / V
     z-loss           (log sum exp z)^2               arXiv 2204.02311      a = 2 log sum exp z, b = 0
 """
@@ -76,7 +77,9 @@ def default_chunk_rows(vocab_size: int, device_type: str) -> int:
 
 
 def row_losses_(logits: Tensor, targets: Tensor, objective: Objective, gradient: bool) -> Tensor:
-    """(2,) sums of objective and cross-entropy over rows of logits (R, V); with `gradient` the logits become dL/dlogits."""
+    """(2,) sums of objective and cross-entropy over rows of logits (R, V); with `gradient` the logits become
+    dL/dlogits.
+    """
     at_target = targets[:, None]
     mean_logit = logits.mean(-1) if objective.smoothed else None
     peak = logits.amax(-1, keepdim=True)

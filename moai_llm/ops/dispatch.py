@@ -1,7 +1,7 @@
 """Choose one implementation of an op: a forced one, else the first that can run on this device and dtype.
 
-An op is a function with several implementations of one signature whose first argument is a tensor. `reference` is always among
-them and is always right; the others are only faster. Nothing here knows a config.
+An op is a function with several implementations of one signature whose first argument is a tensor. `reference` is
+always among them and is always right; the others are only faster. Nothing here knows a config.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ class Unavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class Implementation:
-    """`target` is a function, or "module:function" imported when first reached (and free to raise `Unavailable` then)."""
+    """`target` is a function, or "module:function" imported when first reached (and free to raise `Unavailable`
+    then).
+    """
 
     target: Callable[..., Any] | str
     dtypes: tuple[torch.dtype, ...] | None = None  # None: any
@@ -114,7 +116,8 @@ _forced: dict[str, str] = parse_choice(os.environ.get("MOAI_OPS", ""))
 def use(**choice: str) -> Iterator[None]:
     """Force implementations inside a block: `with use(selective_scan="reference"): ...`.
 
-    A forced implementation that cannot run raises RuntimeError when the op is called; an unknown op raises ValueError at once.
+    A forced implementation that cannot run raises RuntimeError when the op is called; an unknown op raises ValueError
+    at once.
     """
     unknown = sorted(set(choice) - set(OPS))
     if unknown:

@@ -1,7 +1,8 @@
 """Mixture of experts: choosing experts, running them on the tokens that chose them, and the two router losses.
 
-Letters: T tokens, E experts, K chosen per token, d width of the model, f width of an expert, R = T K rows sorted by expert.
-Everything about the choice is fp32. Routing is dropless: there is no capacity, every chosen expert sees its token.
+Letters: T tokens, E experts, K chosen per token, d width of the model, f width of an expert, R = T K rows sorted by
+expert. Everything about the choice is fp32. Routing is dropless: there is no capacity, every chosen expert sees its
+token.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Experts(NamedTuple):
 def top_k(logits: Tensor, k: int, normalise: bool, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Softmax routing of fp32 logits (T, E) -> weights (T, K), ids (T, K), probabilities (T, E).
 
-    With `noise` (T, E) the choice is made on logits + noise (arXiv 1701.06538, section 2.1); weights and probabilities follow it.
-    `normalise` makes the K weights of a token sum to one.
+    With `noise` (T, E) the choice is made on logits + noise (arXiv 1701.06538, section 2.1); weights and
+    probabilities follow it. `normalise` makes the K weights of a token sum to one.
     """
     if noise is not None:
         logits = logits + noise
@@ -50,8 +51,8 @@ def top_k(logits: Tensor, k: int, normalise: bool, noise: Tensor | None = None) 
 def counter_normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers (fp32) that are a pure function of an int64 key and of their place, on every device.
 
-    Recomputing a layer, resuming a run or another rank draws the same numbers. Mixing function: the finaliser of MurmurHash3 on
-    (key, place), applied twice; then Box-Muller.
+    Recomputing a layer, resuming a run or another rank draws the same numbers. Mixing function: the finaliser of
+    MurmurHash3 on (key, place), applied twice; then Box-Muller.
     """
     place = torch.arange(math.prod(shape), device=key.device, dtype=torch.int64)
     first = _mix(_mix(place * 2 + key) ^ key)
@@ -106,7 +107,9 @@ def _activate(h: Tensor, gated: bool, act: Activation) -> Tensor:
 
 
 def _unbind(experts: Experts) -> list[tuple[Any, ...]]:
-    """Per expert its four tensors. `unbind`, not `w[e]`: the backward of a select fills a whole (E, f, d) with zeros each time."""
+    """Per expert its four tensors. `unbind`, not `w[e]`: the backward of a select fills a whole (E, f, d) with zeros
+    each time.
+    """
     count = experts.up.shape[0]
     columns = [[None] * count if t is None else t.unbind(0) for t in experts[:4]]
     return list(zip(*columns))
@@ -122,7 +125,9 @@ def experts_reference(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts,
 
 
 def experts_per_slot(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, act: Activation) -> Tensor:
-    """For one or two tokens: one matrix-vector product per chosen expert, on views; gathering weights would copy them."""
+    """For one or two tokens: one matrix-vector product per chosen expert, on views; gathering weights would copy
+    them.
+    """
     rows = []
     for token, chosen, weight in zip(x.unbind(0), ids.tolist(), weights.unbind(0)):
         parts = [
@@ -188,7 +193,8 @@ def experts_loop(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, act:
     return _sorted(x, ids, weights, run, experts.up.shape[0])
 
 
-# F.grouped_mm as an op of our own: under torch.compile its shape function takes bf16 only, while the kernel takes fp32 too
+# F.grouped_mm as an op of our own: under torch.compile its shape function takes bf16 only, while the kernel takes
+# fp32 too
 @torch.library.custom_op("moai::grouped_mm", mutates_args=())
 def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """rows (R, d) sorted by expert, weight (E, f, d), ends (E,) int32 -> (R, f): each row times its expert's weight."""

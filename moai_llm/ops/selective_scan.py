@@ -2,11 +2,11 @@
 
     h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t        y_t = C_t . h_t + D x_t
 
-Shapes: B batch, L time, D channels, N states. The state and every sum over it are fp32 (fp64 when the inputs are), whatever the
-dtype of x, B and C. Where a document starts (`seq_idx` changes), h_{t-1} is taken as zero.
+Shapes: B batch, L time, D channels, N states. The state and every sum over it are fp32 (fp64 when the inputs are),
+whatever the dtype of x, B and C. Where a document starts (`seq_idx` changes), h_{t-1} is taken as zero.
 
-`reference` is the recurrence as written, `torch` walks the same recurrence in chunks and recomputes them in the backward,
-`native` is C++ built for this CPU (selective_scan_native.py).
+`reference` is the recurrence as written, `torch` walks the same recurrence in chunks and recomputes them in the
+backward, `native` is C++ built for this CPU (selective_scan_native.py).
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def selective_scan(
 
 
 def document_starts(seq_idx: Tensor | None) -> Tensor | None:
-    """(B, L) bool, true where a document starts inside the row. The first column is false: the row goes on from its state."""
+    """(B, L) bool, true where a document starts inside the row. The first column is false: the row goes on from its
+    state.
+    """
     if seq_idx is None:
         return None
     starts = torch.zeros_like(seq_idx, dtype=torch.bool)
@@ -133,7 +135,8 @@ def step_reference(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: Tensor
     return torch.addcmul((state @ C[..., None].to(state.dtype)).squeeze(-1), D, x.to(state.dtype)).to(x.dtype)
 
 
-# ---------------------------------------------------------------- torch: chunked, any device, recomputed in the backward
+# ---------------------------------------------------------------- torch: chunked, any device, recomputed in the
+# backward
 
 
 def _transposed(t: Tensor, dtype: torch.dtype) -> Tensor:

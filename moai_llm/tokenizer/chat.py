@@ -1,7 +1,8 @@
-"""Conversations to tokens: ids and the mask of what the model should learn to say, from one function for training and chat.
+"""Conversations to tokens: ids and the mask of what the model should learn to say, from one function for training and
+chat.
 
-A conversation is encoded segment by segment. Role headers and ends are control tokens placed by id; whatever a person or a model
-wrote is encoded as ordinary text, so nobody can write a control token into a conversation.
+A conversation is encoded segment by segment. Role headers and ends are control tokens placed by id; whatever a person
+or a model wrote is encoded as ordinary text, so nobody can write a control token into a conversation.
 """
 
 from __future__ import annotations
@@ -58,7 +59,9 @@ def render(
     for i, message in enumerate(messages):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES or not isinstance(content, str):
-            raise MoaiError(f"message {i} must have a role of {', '.join(ROLES)} and a text content, got {dict(message)!r}")
+            raise MoaiError(
+                f"message {i} must have a role of {', '.join(ROLES)} and a text content, got {dict(message)!r}"
+            )
         put([start, *tokenizer.encode(role + "\n")], False)
         put([*tokenizer.encode(content), end], role == "assistant")
         put(newline, False)

@@ -1,7 +1,7 @@
 """A tokenizer at run time: `tokenizer.json` on disk, a tiktoken twin of the same merges for encoding.
 
-Ordinary text never becomes a control token here: `encode` has no way to produce one. Control tokens are placed by `chat.render` and
-by id.
+Ordinary text never becomes a control token here: `encode` has no way to produce one. Control tokens are placed by
+`chat.render` and by id.
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ class Tokenizer:
         return [self._twin.encode_ordinary(text) for text in texts]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Text of ids; bytes that are not UTF-8 become U+FFFD. Ids outside the vocabulary (padding rows) give nothing."""
+        """Text of ids; bytes that are not UTF-8 become U+FFFD. Ids outside the vocabulary (padding rows) give
+        nothing.
+        """
         kept = [int(i) for i in ids if 0 <= i < self.vocab_size]
         return self.backend.decode(kept, skip_special_tokens=skip_special)
 

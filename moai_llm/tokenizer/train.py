@@ -1,7 +1,7 @@
 """Train a byte-level BPE tokenizer from an iterator of strings.
 
-Ids: 256 bytes, then merges in the order they were learned, then special tokens. So id == merge rank, which is what lets a tiktoken
-twin encode with the same ids. No normaliser: text comes back byte for byte.
+Ids: 256 bytes, then merges in the order they were learned, then special tokens. So id == merge rank, which is what
+lets a tiktoken twin encode with the same ids. No normaliser: text comes back byte for byte.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from moai_llm.tokenizer.load import BYTE_OF, END_OF_TEXT, PAD, TURN_END, TURN_ST
 
 SPECIAL_TOKENS = (END_OF_TEXT, PAD, TURN_START, TURN_END)
 _APOSTROPHE = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-# The split of o200k_base: words by case and script, digits in groups of up to three, operators with their line end, line ends,
-# runs of spaces. A merge never crosses its pieces.
+# The split of o200k_base: words by case and script, digits in groups of up to three, operators with their line end,
+# line ends, runs of spaces. A merge never crosses its pieces.
 SPLIT = "|".join(
     [
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+" + _APOSTROPHE,
@@ -36,12 +36,16 @@ PIECE = 1 << 16  # characters handed to the trainer at a time; a document of one
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int, *, special_tokens: Sequence[str] = SPECIAL_TOKENS
+    texts: Iterable[str], vocab_size: int, *, special_tokens: Sequence[str] = SPECIAL_TOKENS, fewer: bool = False
 ) -> Tokenizer:
     """Learn `vocab_size` tokens: 256 bytes, the special tokens, and merges for the rest.
 
+    Args:
+        fewer: be content with the merges the text supports, where it supports fewer.
+
     Raises:
-        MoaiError: no text, a vocabulary too small to hold the bytes and special tokens, or larger than the text supports.
+        MoaiError: no text, a vocabulary too small to hold the bytes and special tokens, or larger than the text
+            supports.
     """
     merges = vocab_size - 256 - len(special_tokens)
     if merges < 0:
@@ -55,7 +59,7 @@ def train_tokenizer(
     if seen[0] == 0:
         raise MoaiError("the tokenizer got no text: the sources are empty")
     tokens = [bytes(token) for token, _ in sorted(trainer.get_mergeable_ranks(), key=lambda item: item[1])]
-    if len(tokens) < 256 + merges:
+    if len(tokens) < 256 + merges and not fewer:
         supported = len(tokens) + len(special_tokens)
         raise MoaiError(
             f"vocab_size {vocab_size} is larger than this text supports ({seen[0]:,} characters give {supported}): "

@@ -1,0 +1,108 @@
+"""The `moai` command: a dict of verbs, each a small module imported only when it is used."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from moai_llm import __version__
+from moai_llm.runtime import MoaiError
+
+# verb -> (module with `configure(parser)` and `run(arguments)`, what it does)
+COMMANDS = {
+    "quickstart": ("moai_llm.commands.quickstart", "from text to a chat model in a few minutes, on a CPU"),
+    "tokenizer": ("moai_llm.commands.tokenizer", "train a tokenizer, look at what it does"),
+    "data": ("moai_llm.commands.data", "prepare text or conversations for training, look inside"),
+    "recipes": ("moai_llm.commands.recipes", "list the model presets, or print one"),
+    "train": ("moai_llm.commands.train", "train a recipe: pretraining and fine-tuning"),
+    "generate": ("moai_llm.commands.generate", "continue a prompt"),
+    "chat": ("moai_llm.commands.chat", "talk to a model in the terminal"),
+    "eval": ("moai_llm.commands.evaluate", "measure a model"),
+    "ops": ("moai_llm.commands.ops", "which kernels run on this machine, and why"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint about an unknown flag names the nearest known one."""
+
+    def __init__(self, **options: Any) -> None:
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(**options, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n{self.prog} --help shows what it takes\n")
+
+    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(arguments)
+        if unknown:
+            known = [flag for parser in self._family(arguments) for flag in parser._option_string_actions]
+            flag = unknown[0].split("=")[0]
+            close = difflib.get_close_matches(flag, known, n=1)
+            self.error(f"unknown argument {unknown[0]!r}" + (f" (did you mean {close[0]}?)" if close else ""))
+        return parsed
+
+    def _family(self, arguments: Sequence[str]) -> list[argparse.ArgumentParser]:
+        """This parser and the subparsers the arguments name."""
+        family: list[argparse.ArgumentParser] = [self]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                family += [parser for name, parser in action.choices.items() if name in arguments]
+        return family
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: exit code 0, 1 for a user's mistake (one clear message), 2 for a wrong command line, 130 for
+    Ctrl-C.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return
+    if arguments[0] == "--version":
+        print(f"moai {__version__}")
+        return
+    verb = arguments[0]
+    if verb not in COMMANDS:
+        close = difflib.get_close_matches(verb, COMMANDS, n=1)
+        sys.exit(
+            f"moai: there is no command {verb!r}" + (f" (did you mean {close[0]!r}?)" if close else "") + "\n" + _help()
+        )
+    _set_environment()
+    module = import_module(COMMANDS[verb][0])
+    parser = Parser(prog=f"moai {verb}", description=module.__doc__)
+    module.configure(parser)
+    parsed = parser.parse_all(arguments[1:])
+    try:
+        module.run(parsed)
+    except MoaiError as error:
+        sys.exit(f"moai {verb}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # `moai recipes | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _set_environment() -> None:
+    """Before torch is imported: waiting threads yield their core (a busy machine is else many times slower), no
+    library bars.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("moai_llm").setLevel(logging.INFO)
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items()]
+    return "\n".join(
+        ["usage: moai COMMAND ...", "", "From raw text to a language model that chats.", "", *lines, "",
+         "moai COMMAND --help explains one. Begin with: moai quickstart"]
+    )  # fmt: skip

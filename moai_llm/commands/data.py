@@ -1,0 +1,129 @@
+"""Prepare text or conversations for training, and look inside what was prepared."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moai_llm.runtime import make_console
+
+if TYPE_CHECKING:
+    from moai_llm.data.prepare import Report
+    from moai_llm.data.shards import Store
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    prepare = verbs.add_parser("prepare", help="tokenise files into a store")
+    prepare.add_argument("sources", nargs="+", help="text, JSON lines, CSV or Parquet files, or folders of them")
+    prepare.add_argument("--tokenizer", required=True, help="a tokenizer or model directory")
+    prepare.add_argument("--out", required=True, help="the store to write")
+    prepare.add_argument(
+        "--chat", action="store_true", help="the records are conversations: learn what the assistant says"
+    )
+    prepare.add_argument("--column", help="column that holds the text; found by itself when it has a usual name")
+    prepare.add_argument("--overwrite", action="store_true", help="replace a store that is there")
+    info = verbs.add_parser("info", help="what is in a store")
+    info.add_argument("store")
+    info.add_argument("--seq-len", type=int, default=1024, help="row length to show the packing of")
+    show = verbs.add_parser("show", help="decode packed rows: documents in colours, what is not learned in grey")
+    show.add_argument("store")
+    show.add_argument("row", type=int, nargs="?", default=0)
+    show.add_argument("--seq-len", type=int, default=256)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    {"prepare": _prepare, "info": _info, "show": _show}[arguments.verb](arguments)
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from moai_llm.data.prepare import prepare
+    from moai_llm.tokenizer import load_tokenizer
+
+    console = make_console()
+    with console.status("reading ...") as status:
+        report = prepare(
+            arguments.sources,
+            load_tokenizer(arguments.tokenizer),
+            arguments.out,
+            kind="chat" if arguments.chat else "text",
+            column=arguments.column,
+            overwrite=arguments.overwrite,
+            progress=lambda documents, tokens: status.update(f"{documents:,} documents, {tokens:,} tokens"),
+        )
+    show_report(console, report)
+    console.print(f"written to {arguments.out}. Next: moai train RECIPE data.train={arguments.out}")
+
+
+def show_report(console: Console, report: Report) -> None:
+    """What was read, kept and dropped."""
+    manifest = report.manifest
+    table = Table("read", "kept", "dropped", "tokens", "bytes per token", box=None, pad_edge=False)
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items()) or "0"
+    ratio = manifest.text_bytes / manifest.tokens
+    table.add_row(f"{report.read:,}", f"{manifest.documents:,}", dropped, f"{manifest.tokens:,}", f"{ratio:.2f}")
+    console.print(table)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from moai_llm.data.loader import Loader
+
+    store = _open(arguments.store)
+    manifest, lengths = store.manifest, store.lengths()
+    loader = Loader(store, arguments.seq_len)
+    ordered = sorted(lengths)
+    typical = ", ".join(f"p{q} {ordered[min(len(ordered) - 1, len(ordered) * q // 100)]:,}" for q in (50, 90, 99))
+    facts = {
+        "kind": manifest.kind,
+        "documents": f"{len(store):,}",
+        "tokens": f"{manifest.tokens:,}",
+        "bytes per token": f"{manifest.text_bytes / manifest.tokens:.2f}",
+        "vocabulary": f"{manifest.vocab_size:,}",
+        "stored as": manifest.dtype,
+        "document length": f"{typical}, max {ordered[-1]:,}",
+        f"rows of {arguments.seq_len}": f"{len(loader):,}, {loader.packing.efficiency:.1%} full",
+        "dropped tokens": f"{loader.packing.dropped_tokens:,}",
+        "damage": "; ".join(store.problems()) or "none",
+    }
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in facts.items():
+        table.add_row(name, value)
+    make_console().print(table)
+
+
+def _show(arguments: argparse.Namespace) -> None:
+    from moai_llm.data.loader import Loader
+    from moai_llm.runtime import MoaiError
+
+    store = _open(arguments.store)
+    loader, tokenizer = Loader(store, arguments.seq_len, seed=None), store.tokenizer()
+    if not 0 <= arguments.row < len(loader):
+        raise MoaiError(f"there are {len(loader)} rows, counted from 0")
+    row = {key: tensor.tolist() for key, tensor in loader.row(arguments.row).items()}
+    names = {i: token.encode() for token, i in tokenizer.special_ids.items()}
+    colors = ("cyan", "green", "yellow", "magenta")
+    runs: list[
+        tuple[str, bytes]
+    ] = []  # a character may be spread over tokens, so bytes of one style are decoded together
+    for token, label, document in zip(row["input_ids"], row["labels"], row["seq_idx"]):
+        if token == tokenizer.pad_id:
+            continue
+        style = "dim" if label == -100 else colors[document % len(colors)]
+        piece = names.get(token) or tokenizer.token_bytes(token)
+        if runs and runs[-1][0] == style:
+            piece = runs.pop()[1] + piece
+        runs.append((style, piece))
+    line = Text()
+    for style, piece in runs:
+        line.append(piece.decode("utf-8", "replace"), style=style)
+    make_console().print(line)
+
+
+def _open(path: str) -> Store:
+    from moai_llm.data.shards import Store
+
+    return Store(path)

@@ -1,0 +1,35 @@
+"""Which implementation of each op runs on this machine, and why the others do not. MOAI_OPS=op=name forces one."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.table import Table
+
+from moai_llm.runtime import make_console
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    import torch
+
+    from moai_llm.ops import attention, causal_conv1d, moe, selective_scan  # noqa: F401 - each defines its op
+    from moai_llm.ops.dispatch import OPS, Unavailable
+    from moai_llm.runtime import pick_device
+
+    device = pick_device(arguments.device)
+    table = Table("op", "fp32", "bf16", "implementations", box=None, pad_edge=False)
+    for name, op in sorted(OPS.items()):
+        states = []
+        for key, implementation in op.implementations.items():
+            try:
+                implementation.load()
+                states.append(key)
+            except Unavailable as reason:
+                states.append(f"{key} (no: {reason})")
+        table.add_row(name, op.pick(device.type), op.pick(device.type, torch.bfloat16), ", ".join(states))
+    make_console().print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    make_console().print(table)

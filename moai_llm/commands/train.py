@@ -1,0 +1,94 @@
+"""Train a recipe: a preset name or a YAML file, with any key overridden.
+
+moai train moai-3b-tiny data.train=data/wiki train.steps=500 train.out=runs/first
+moai train moai-3b-tiny data.train=data/chat train.init_from=runs/first train.epochs=3 train.out=runs/chat
+moai train runs/first/recipe.yaml --resume
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from typing import TYPE_CHECKING, Any
+
+from moai_llm import recipe as recipes
+
+if TYPE_CHECKING:
+    from moai_llm.recipe import Recipe
+    from moai_llm.training.loop import Hook
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="a preset (see `moai recipes`) or a recipe file")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="keys to change, e.g. train.steps=1000 optim.lr=1e-3"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of train.out")
+    parser.add_argument("--fresh", action="store_true", help="delete train.out first")
+    parser.add_argument("--show", action="store_true", help="print the resolved recipe and stop")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    recipe = recipes.load(arguments.recipe, arguments.overrides)
+    if arguments.show:
+        print(recipes.dump(recipe), end="")
+        return
+    if arguments.fresh:
+        shutil.rmtree(recipe.train.out, ignore_errors=True)
+    from moai_llm.inference.generate import resolve_model
+    from moai_llm.training.loop import train
+
+    if recipe.train.init_from:
+        recipe.train.init_from = str(resolve_model(recipe.train.init_from))
+    last = train(recipe, hooks=make_hooks(recipe), resume=arguments.resume)
+    print(f"saved {last}. Next: moai generate {recipe.train.out} --prompt TEXT, or moai chat {recipe.train.out}")
+
+
+def make_hooks(recipe: Recipe) -> list[Hook]:
+    """Evaluation on data.valid and samples of eval.prompts, as the recipe asks."""
+    hooks: list[Hook] = []
+    if recipe.data.valid:
+        hooks.append(_evaluation(recipe))
+    if recipe.eval.prompts:
+        hooks.append(_samples(recipe))
+    return hooks
+
+
+def _evaluation(recipe: Recipe) -> Hook:
+    from moai_llm.data.loader import Loader
+    from moai_llm.data.shards import Store
+    from moai_llm.evaluation.perplexity import evaluate
+    from moai_llm.training.precision import make_precision
+
+    assert recipe.data.valid is not None
+    store = Store(recipe.data.valid)
+    loader, lengths = Loader(store, recipe.data.seq_len, seed=None), store.tokenizer().byte_lengths()
+
+    def hook(step: int, model: Any) -> dict[str, float]:
+        precision = make_precision(recipe.train.precision, model.device, recipe.train.tf32)
+        batches = loader.epoch(recipe.train.micro_batch_size, recipe.eval.rows)
+        found = evaluate(model, batches, lengths, precision.autocast())
+        return {"eval_loss": found.loss, "bits_per_byte": found.bits_per_byte}
+
+    return hook
+
+
+def _samples(recipe: Recipe) -> Hook:
+    from pathlib import Path
+
+    from moai_llm.data.shards import Store
+    from moai_llm.inference.generate import Sampling, TextModel, sample_text
+
+    assert recipe.data.train is not None
+    tokenizer, out = Store(recipe.data.train).tokenizer(), Path(recipe.train.out)
+
+    def hook(step: int, model: Any) -> dict[str, float]:
+        text_model = TextModel(model, tokenizer, out)
+        with (out / "samples.txt").open("a", encoding="utf-8") as file:
+            for prompt in recipe.eval.prompts:
+                text = sample_text(text_model, prompt, Sampling(recipe.eval.prompt_tokens).max_new_tokens, seed=0)
+                print(f"  {text!r}")
+                file.write(f"step {step}: {text!r}\n")
+        return {}
+
+    return hook

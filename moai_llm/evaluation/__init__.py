@@ -1,0 +1,1 @@
+"""Measuring a model: reads model directories, never trains."""

@@ -1,0 +1,43 @@
+"""Numeric precision of a run: what autocast computes in, whether gradients need a scale. Weights and states stay
+fp32.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from moai_llm.runtime import MoaiError, has_fast_bf16
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """`autocast()` around each forward, `scaler` around each backward (active for fp16 only)."""
+
+    name: str
+    device: torch.device
+    scaler: torch.amp.GradScaler
+
+    def autocast(self) -> AbstractContextManager[None]:
+        dtype = AUTOCAST[self.name]
+        return nullcontext() if dtype is None else torch.autocast(self.device.type, dtype=dtype)
+
+
+def make_precision(name: str, device: torch.device, tf32: bool = True) -> Precision:
+    """Resolve `auto` and set TF32.
+
+    Raises:
+        MoaiError: fp16 on a CPU, where it is several times slower than fp32 and overflows.
+    """
+    if name == "auto":
+        name = "bf16" if has_fast_bf16(device) else "fp32"
+    if name == "fp16" and device.type == "cpu":
+        raise MoaiError("fp16 on a CPU is slower than fp32: use train.precision=bf16 or fp32")
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.backends.cudnn.allow_tf32 = tf32
+    return Precision(name, device, torch.amp.GradScaler(device.type, enabled=name == "fp16"))
