@@ -98,7 +98,7 @@ class Architecture:
         self._validate()
 
     def _resolve_rope(self) -> dict[str, Any] | None:
-        if self.position_embedding != "rope":
+        if not self.rotates:
             return None
         rope = dict(self.rope_parameters or {})
         if "type" in rope:
@@ -125,13 +125,13 @@ class Architecture:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         _known("layer_types", self.layer_types, TOKEN_MIXER_TYPES)
         _known("mlp_layer_types", self.mlp_layer_types, CHANNEL_MIXER_TYPES)
-        attends = any(kind != "linear_attention" for kind in self.layer_types)
+        attends = set(self.layer_types) != {"linear_attention"}
         if attends and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})"
             )
-        if attends and self.position_embedding == "rope" and self.head_dim % 2:
+        if self.rotates and self.head_dim % 2:
             raise ValueError(
                 f"RoPE rotates pairs, so head_dim must be even, got {self.head_dim}: set head_dim, e.g. to 128"
             )
@@ -148,6 +148,11 @@ class Architecture:
                     "with num_experts_per_tok = 1 a normalised weight is always 1 and the router never learns: "
                     "set norm_topk_prob: false"
                 )
+
+    @property
+    def rotates(self) -> bool:
+        """Whether some layer applies RoPE."""
+        return self.position_embedding == "rope" and set(self.layer_types or ()) != {"linear_attention"}
 
     def parameters(self) -> dict[str, int]:
         """Exact parameter counts of the resolved architecture, by part, with `total`, `active` and `non_embedding`.

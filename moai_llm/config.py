@@ -61,7 +61,7 @@ class MoaiConfig(Architecture, PreTrainedConfig):
         self.rope_parameters = rope
         self.resolve()
         super().__post_init__(**kwargs)
-        if self.position_embedding != "rope":
+        if not self.rotates:
             self.rope_parameters = None  # transformers fills in a default that no layer would read
 
     def validate_layer_type(self) -> None:

@@ -14,14 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
-from moai_llm.modeling.model import MoaiForCausalLM
+from moai_llm.modeling.model import new_cache
 from moai_llm.runtime import MoaiError, has_fast_bf16, pick_device
 from moai_llm.tokenizer import Tokenizer, load_tokenizer
-
-assert MoaiForCausalLM  # importing it registers the model with AutoModelForCausalLM
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -131,7 +128,7 @@ class Session:
         known = len(self._fed)
         if self._cache is None or prompt[:known] != self._fed or known >= len(prompt):
             self.reset()
-            self._cache = DynamicCache(config=model.config)
+            self._cache = new_cache(model.config)
         generator = torch.Generator(device=model.device)
         generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
         pending, tokens = prompt[len(self._fed) :], list(prompt)

@@ -88,8 +88,7 @@ class MoaiModel(MoaiPreTrainedModel):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = make_norm(config)
         assert config.layer_types is not None and config.mlp_layer_types is not None
-        attends = any(kind in MASKS for kind in config.layer_types)
-        self.rotary = RotaryEmbedding(config) if attends and config.position_embedding == "rope" else None
+        self.rotary = RotaryEmbedding(config) if config.rotates else None
         sparse = config.mlp_layer_types.count("sparse")
         # selections of each expert since the last `take_expert_counts`, added once per forward while training
         self.register_buffer("expert_counts", torch.zeros(sparse, config.num_experts), persistent=False)
@@ -139,7 +138,7 @@ class MoaiModel(MoaiPreTrainedModel):
         if seq_idx is not None and past_key_values is not None:
             raise ValueError("packed rows (seq_idx) cannot be cached: run one document a row")
         if use_cache and past_key_values is None and seq_idx is None:
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = new_cache(self.config)
         if position_ids is None:
             position_ids = _positions(x, past, padded)
         if self.embed_positions is not None:
@@ -173,6 +172,8 @@ class MoaiModel(MoaiPreTrainedModel):
             if sums is not None:
                 router.append(sums)
         x = self.norm(x)
+        if isinstance(past_key_values, StateCache):
+            past_key_values.seen += x.shape[1]
         if self.training and router:
             self.expert_counts += torch.stack([sums.selected for sums in router]).detach().to(self.expert_counts.dtype)
         return MoaiModelOutput(
@@ -287,7 +288,12 @@ class MoaiForCausalLM(MoaiPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
-        """Declare the final length before the first token, for the RoPE rules that depend on it (modeling/rope.py)."""
+        """States alone need a cache of ours; RoPE rules that depend on the final length must know it before the first token."""
+        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            cache = new_cache(self.config)
+            if isinstance(cache, StateCache):
+                model_kwargs["past_key_values"] = cache
+                return None
         rope = self.config.rope_parameters
         if rope is not None and rope["rope_type"] in BY_LENGTH:
             model_kwargs.setdefault("rope_length", generation_config.max_length)
@@ -311,14 +317,24 @@ def router_loss(
     return total
 
 
+class StateCache(DynamicCache):
+    """The cache of a model without attention: its layers hold states and no tokens, so it counts them itself."""
+
+    def __init__(self, config: MoaiConfig) -> None:
+        super().__init__(config=config)
+        self.seen = 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.seen
+
+
+def new_cache(config: MoaiConfig) -> DynamicCache:
+    """An empty cache for a model of this config."""
+    return DynamicCache(config=config) if set(config.layer_types or ()) & set(MASKS) else StateCache(config)
+
+
 def _past_length(cache: Any) -> int:
-    """Tokens the cache has seen; 0 for a cache of states only, whose layers have no position."""
-    if cache is None:
-        return 0
-    for layer in cache.layers:
-        if hasattr(layer, "get_seq_length"):
-            return int(layer.get_seq_length())
-    return 0
+    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def _without_full_mask(attention_mask: Tensor | None) -> Tensor | None:
