@@ -83,6 +83,9 @@ class Architecture:
         Raises:
             ValueError: the choice of bricks contradicts itself; the message says which fields and what to do.
         """
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
@@ -120,9 +123,6 @@ class Architecture:
 
     def _validate(self) -> None:
         assert self.layer_types and self.mlp_layer_types and self.head_dim and self.num_key_value_heads
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         _known("layer_types", self.layer_types, TOKEN_MIXER_TYPES)
         _known("mlp_layer_types", self.mlp_layer_types, CHANNEL_MIXER_TYPES)
         attends = set(self.layer_types) != {"linear_attention"}

@@ -84,8 +84,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"moai {verb}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `moai recipes | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            sys.exit(f"moai {verb}: {error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `moai recipes | head`
 
 
 def _set_environment() -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moai_llm import recipe as recipes
-from moai_llm.runtime import MoaiError, make_console
+from moai_llm.runtime import MoaiError, make_console, write_atomically
 
 if TYPE_CHECKING:
     from moai_llm.recipe import Recipe
@@ -97,7 +97,7 @@ def _claim(out: Path, arguments: argparse.Namespace) -> None:
     elif out.exists() and any(out.iterdir()):
         raise MoaiError(f"{out} is not empty and not a quickstart: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(options, ensure_ascii=False), encoding="utf-8")
+    write_atomically(note, json.dumps(options, ensure_ascii=False))
 
 
 def _texts(arguments: argparse.Namespace) -> Iterable[tuple[str, str]]:

@@ -119,7 +119,7 @@ def _csv(file: Path) -> Iterator[Record]:
     except UnicodeDecodeError as error:
         raise _not_utf8(file, error) from None
     except csv.Error as error:
-        raise MoaiError(f"{file}:{reader.line_num}: {error}") from None
+        raise MoaiError(f"{file}:{reader.reader.line_num}: {error}") from None
 
 
 def _parquet(file: Path) -> Iterator[Record]:

@@ -127,7 +127,10 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         weights.update(load_file(file))
-    missing, unexpected = model.load_state_dict(weights, strict=False)
+    try:
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:  # shapes
+        raise MoaiError(f"{path} is a checkpoint of another model: {str(error).splitlines()[1].strip()}") from None
     tied = set(getattr(model, "_tied_weights_keys", None) or {})
     if unexpected or set(missing) - tied:
         raise MoaiError(f"{path} is a checkpoint of another model: {[*unexpected, *missing][:3]} ...")

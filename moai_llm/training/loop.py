@@ -26,7 +26,7 @@ from moai_llm.data.loader import Batch, Loader
 from moai_llm.data.shards import Store
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
-from moai_llm.runtime import MoaiError, pick_device, seed_everything
+from moai_llm.runtime import MoaiError, pick_device, seed_everything, write_atomically
 from moai_llm.training.build import build_model
 from moai_llm.training.checkpoint import Checkpoints, restore
 from moai_llm.training.monitor import Monitor
@@ -88,7 +88,7 @@ def train(
         precision.scaler.load_state_dict(state["scaler"])
     yaml = recipes.dump(recipe)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "recipe.yaml").write_text(yaml, encoding="utf-8")
+    write_atomically(out / "recipe.yaml", yaml)
     with Monitor(out, total, start, title=title, quiet=quiet) as monitor, _stop_signals() as stop:
         if start:
             monitor.note(f"resumed from {latest}")

@@ -1,0 +1,122 @@
+"""The command line: every verb on small files, and the message each mistake gets."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moai_llm.cli import COMMANDS, main
+
+Moai = Callable[..., str]
+
+
+@pytest.fixture
+def moai(capsys: pytest.CaptureFixture[str]) -> Moai:
+    """Run a command and return what it printed."""
+
+    def run(*arguments: object) -> str:
+        main([str(a) for a in arguments])
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Moai:
+    """Run a command that must fail and return its message."""
+
+    def run(*arguments: object, code: int = 1) -> str:
+        with pytest.raises(SystemExit) as left:
+            main([str(a) for a in arguments])
+        message = capsys.readouterr().err + (left.value.code if isinstance(left.value.code, str) else "")
+        assert (1 if isinstance(left.value.code, str) else left.value.code) == code, message
+        assert "Traceback" not in message
+        return message
+
+    return run
+
+
+def test_help(moai: Moai) -> None:
+    for arguments in ((), ("--help",), ("help",)):
+        output = moai(*arguments)
+        assert all(verb in output for verb in COMMANDS)
+    assert moai("--version").startswith("moai 0.")
+
+
+def test_from_text_to_chat(moai: Moai, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main job by its single commands."""
+    chats = tmp_path / "chat.jsonl"
+    chats.write_text("".join(f'{{"Q": "question {i % 3}", "A": "answer {i % 3}"}}\n' for i in range(30)))
+    tok, text, talk, base, tuned = (tmp_path / name for name in ("tok", "text", "talk", "base", "tuned"))
+    assert "300 tokens" in moai("tokenizer", "train", text_file, "--vocab-size", 300, "--out", tok)
+    assert "bytes per token" in moai("tokenizer", "show", tok, "interest 이자")
+    assert "40" in moai("data", "prepare", text_file, "--tokenizer", tok, "--out", text)
+    moai("data", "prepare", chats, "--chat", "--tokenizer", tok, "--out", talk)
+    info = moai("data", "info", talk, "--seq-len", 64)
+    assert "chat" in info and "damage" in info and "none" in info
+    assert "<|im_start|>assistant" in moai("data", "show", talk, 0, "--seq-len", 64)
+    small = ["data.seq_len=64", "train.batch_tokens=512", "train.device=cpu", "optim.lr=1e-2", "log.every=20"]
+    output = moai("train", "moai-3b-tiny", f"data.train={text}", f"data.valid={text}", "train.steps=20", f"train.out={base}", *small)
+    assert "train 20/20  loss" in output and "bits_per_byte" in output
+    moai("train", "moai-3b-tiny", f"data.train={talk}", f"train.init_from={base}", "train.steps=60", f"train.out={tuned}", *small)
+    assert moai("generate", base, "--prompt", "Document", "--max-new-tokens", 5, "--temperature", 0).startswith("Document")
+    monkeypatch.setattr("sys.stdin", io.StringIO("question 1\n"))
+    assert "answer" in moai("chat", tuned, "--temperature", 0, "--max-new-tokens", 12)
+    assert str(text_file) in moai("eval", "perplexity", base, text_file)
+    assert "--text" in moai("eval", "perplexity", base, "--text", "interest is paid")
+    monkeypatch.setattr("sys.stdin", io.StringIO("Document 3"))
+    assert moai("generate", base, "--prompt", "-", "--max-new-tokens", 2).startswith("Document 3")
+
+
+def test_recipes(moai: Moai) -> None:
+    output = moai("recipes")
+    assert "3,001,401,088" in output and "-tiny" not in output
+    assert "moai-3b-tiny" in moai("recipes", "--tiny")
+    assert moai("recipes", "--markdown").startswith("| recipe | parameters |")
+    shown = moai("recipes", "moai-3b", "model.num_hidden_layers=1")
+    assert "# total: 559" in shown and "num_hidden_layers: 1" in shown
+    assert "hidden_size: 3840" in moai("train", "moai-3b", "--show")
+
+
+def test_ops(moai: Moai) -> None:
+    output = moai("ops", "--device", "cpu")
+    assert "selective_scan" in output and "split" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "there is no command 'trian' (did you mean 'train'?)"),
+        (["train", "moai-3"], "no recipe 'moai-3' (did you mean 'moai-3b'?)"),
+        (["train", "moai-3b-tiny", "train.stps=3"], "did you mean 'steps'"),
+        (["train", "moai-3b-tiny", "train.steps=3"], "data.train is not set"),
+        (["data", "info", "nowhere"], "not a prepared store"),
+        (["data", "prepare", "nowhere.txt", "--tokenizer", "x", "--out", "y"], "no tokenizer.json there"),
+        (["tokenizer", "train", "nowhere.txt", "--out", "y"], "nowhere.txt: no such file or folder"),
+        (["tokenizer", "show", "nowhere", "text"], "no tokenizer.json there"),
+        (["generate", "nowhere", "--prompt", "x"], "nowhere: no such directory"),
+        (["chat", "nowhere"], "nowhere: no such directory"),
+        (["eval", "perplexity", "nowhere"], "give either files or --text"),
+    ],
+)
+def test_mistakes(fails: Moai, arguments: list[str], message: str) -> None:
+    assert message in fails(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "required: recipe"),
+        (["train", "moai-3b-tiny", "--resum"], "unknown argument '--resum' (did you mean --resume?)"),
+        (["generate", "m", "--prompt", "x", "--temprature", "1"], "did you mean --temperature?"),
+        (["data", "prepare", "x", "--tokeniser", "t", "--out", "o"], "required: --tokenizer"),
+        (["eval", "perplexity", "m", "--windw", "3"], "did you mean --window?"),
+        (["tokenizer", "trane"], "invalid choice: 'trane'"),
+        (["generate", "m", "--prompt", "x", "--top-k", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_wrong_command_lines(fails: Moai, arguments: list[str], message: str) -> None:
+    assert message in fails(*arguments, code=2)

@@ -1,0 +1,175 @@
+"""Every preset builds, counts what it says, and its tiny twin learns; wrong recipes say what to do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from moai_llm import recipe as recipes
+from moai_llm.config import MoaiConfig
+from moai_llm.modeling.model import MoaiForCausalLM
+from moai_llm.runtime import MoaiError
+
+# the published or derived counts; where ours differs the reason stands beside it
+COUNTS = {
+    "moai-3b": 3_001_401_088,
+    "moai-4.7b": 4_652_908_288,
+    "moai-2b": 2_445_304_064,
+    "moai-mamba-2b": 1_989_412_864 + 24 * (128 + 16 + 16),  # norms on dt, B and C, so that it can leave as Jamba
+    "moai-mamba-8b": 8_281_133_056 + 40 * (256 + 16 + 16),
+    "moai-mamba-16b": 16_374_830_080 + 48 * (320 + 16 + 16),
+    "moai-mamba-pure-0.9b": 896_747_520,
+    "moai-mamba-pure-4.7b": 4_736_782_336,
+    "moai-mamba-pure-8.5b": 8_546_964_480,
+    "blues-01": 423_846_912 + 45 * 768,  # 200,019 tokens padded to 200,064
+    "khanh-692m": 692_196_408,
+    "moai-hybrid-1.7b": 1_679_410_464,
+    "moai-hybrid-moe-0.8b": 778_971_264,
+    "quickstart": 6_417_776,
+}
+TINY = [name for name in recipes.list_recipes() if name.endswith("-tiny")]
+
+
+def test_every_preset_is_counted_and_has_a_twin() -> None:
+    full = [name for name in recipes.list_recipes() if name not in TINY]
+    assert sorted(full) == sorted(COUNTS)
+    assert {f"{name}-tiny" for name in full if name != "quickstart"} == set(TINY)
+
+
+@pytest.mark.parametrize("name", recipes.list_recipes())
+def test_it_builds_and_counts(name: str) -> None:
+    recipe = recipes.load(name)
+    assert recipe.description
+    counted = recipe.model.parameters()
+    with torch.device("meta"):
+        model = MoaiForCausalLM(recipes.get_config(name))
+    assert sum(p.numel() for p in model.parameters()) == counted["total"]
+    assert name not in COUNTS or counted["total"] == COUNTS[name]
+
+
+def test_parts_add_up() -> None:
+    counts = recipes.load("blues-01").model.parameters()
+    parts = ("embedding", "token_mixers", "channel_mixers", "norms", "head")
+    assert sum(counts[part] for part in parts) == counts["total"]
+    assert round((counts["active"] - counts["embedding"]) / 1e6, 1) == 100.4  # active non-embedding, as published
+    assert recipes.load("moai-2b").model.parameters()["non_embedding"] == 2_092_024_064
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_the_twin_learns(name: str) -> None:
+    torch.manual_seed(0)
+    config = recipes.get_config(name)
+    model = MoaiForCausalLM(config).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=True)
+    ids = torch.randint(0, 64, (4, 32))  # a batch to remember
+    losses = []
+    for _ in range(12):
+        output = model(ids, labels=ids)
+        output.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(output.cross_entropy))
+    assert abs(losses[0] - torch.log(torch.tensor(float(config.vocab_size)))) < 0.5  # knows nothing: ln V
+    assert losses[-1] < losses[0] - 1.0
+
+
+def test_dump_and_load_give_the_same_recipe(tmp_path: Path) -> None:
+    for name in recipes.list_recipes():
+        recipe = recipes.load(name, ["train.out=x y", "eval.prompts=[한국어, 'a: b']"])
+        file = tmp_path / "recipe.yaml"
+        file.write_text(recipes.dump(recipe), encoding="utf-8")
+        assert recipes.load(file) == recipe
+
+
+def test_overrides() -> None:
+    recipe = recipes.load("moai-3b", ["optim.lr=3e-4", "optim.betas=[0.9, 0.99]", "model.num_hidden_layers=2", "data.train=x"])
+    assert recipe.optim.lr == 3e-4 and recipe.optim.betas == (0.9, 0.99) and len(recipe.model.layer_types) == 2
+
+
+def test_a_model_section_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: moai-2b\ntrain: {steps: 3}\n")
+    recipe = recipes.load(file, ["model.num_hidden_layers=1"])
+    assert recipe.model.hidden_size == 3840 and recipe.model.num_hidden_layers == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.stepz=1"], r"train.stepz: unknown key \(did you mean 'steps'\?\)"),
+        (["model.hiden_size=1"], r"did you mean 'hidden_size'"),
+        (["trian.steps=1"], r"did you mean 'train'"),
+        (["train.lr=1"], r"did you mean 'optim.lr'"),
+        (["train.learning_rate=1"], r"here it is optim.lr"),
+        (["train.steps=many"], r"train.steps: .*got 'many'"),
+        (["train.precision=fp7"], r"'auto', 'fp32', 'bf16' or 'fp16'"),
+        (["steps"], r"write section.key=value"),
+        (["train.steps.x=1", "train.steps.y=1"], r"train.steps"),
+        (["model.head_dim=137"], r"head_dim must be even, got 137"),
+        (["model.layer_types=[sliding_attention]"], r"set sliding_window"),
+        (["model.layer_types=[mambo]"], r"'mambo' is not one of"),
+        (["model.num_key_value_heads=3"], r"multiple of num_key_value_heads"),
+        (["model.mlp_layer_types=[sparse]", "model.num_experts_per_tok=9"], r"between 1 and num_experts"),
+        (["model.mlp_layer_types=[sparse]", "model.num_experts_per_tok=1"], r"never learns"),
+        (["model.num_hidden_layers=0"], r"at least 1"),
+    ],
+)
+def test_wrong_recipes_say_what_to_do(overrides: list[str], message: str) -> None:
+    with pytest.raises(MoaiError, match=message):
+        recipes.load("moai-3b", overrides)
+
+
+def test_unreadable_recipes(tmp_path: Path) -> None:
+    with pytest.raises(MoaiError, match="did you mean 'moai-3b'"):
+        recipes.load("moai-3")
+    with pytest.raises(MoaiError, match="No such file"):
+        recipes.load(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1")
+    with pytest.raises(MoaiError, match="not readable YAML"):
+        recipes.load(broken)
+    broken.write_text("- a\n- b\n")
+    with pytest.raises(MoaiError, match="expected sections"):
+        recipes.load(broken)
+    broken.write_text("model: !!python/object/apply:os.system ['true']\n")
+    with pytest.raises(MoaiError, match="not readable YAML"):
+        recipes.load(broken)
+
+
+def test_get_config(tmp_path: Path) -> None:
+    assert recipes.get_mamba_config("2b").layer_types == ["linear_attention"] * 24
+    config = recipes.get_config("moai-hybrid-1.7b-tiny")
+    config.save_pretrained(tmp_path)
+    assert recipes.get_config(tmp_path).to_dict() == recipes.get_config(tmp_path / "config.json").to_dict()
+    old = tmp_path / "mamba_config_2b.json"
+    old.write_text(json.dumps({
+        "model_type": "mamba_moai", "vocab_size": 128000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24,
+        "state_size": 16, "conv_kernel_size": 4, "expand_factor": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05,
+        "use_fast_scan": True, "use_checkpoint": True, "quantization_bits": 4, "use_quantization": False,
+    }))  # fmt: skip
+    assert recipes.get_config(old).parameters() == recipes.get_config("moai-mamba-2b").parameters()
+    (tmp_path / "other.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(MoaiError, match="'llama' is not ours"):
+        recipes.get_config(tmp_path / "other.json")
+    with pytest.raises(MoaiError, match="no such file"):
+        recipes.get_config(tmp_path / "none.json")
+
+
+def test_the_published_3b_json_is_understood() -> None:
+    published = {"vocab_size": 122100, "hidden_size": 3840, "num_hidden_layers": 28, "num_attention_heads": 28,
+                 "num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 1000000.0, "use_qk_norm": True}  # fmt: skip
+    config = MoaiConfig(**published, head_dim=128, intermediate_size=5120, tie_word_embeddings=True)
+    assert config.parameters() == recipes.load("moai-3b").model.parameters()
+    with pytest.raises(ValueError, match="head_dim must be even, got 137"):  # 3840 / 28 is not a head size
+        MoaiConfig(**published)
+
+
+def test_architecture_is_plain_data() -> None:
+    model = recipes.load("moai-3b-tiny").model
+    changed = replace(model, layer_types=["mamba"], num_hidden_layers=3, ssm_norm=None)
+    changed.resolve()
+    assert changed.layer_types == ["linear_attention"] * 3 and changed.ssm_norm

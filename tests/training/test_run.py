@@ -1,0 +1,204 @@
+"""Whole runs: resume is exact to the bit, signals save, directories are not mixed, evaluation and logs are right."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from moai_llm import recipe as recipes
+from moai_llm.commands.train import make_hooks
+from moai_llm.inference.generate import load_model
+from moai_llm.runtime import MoaiError
+from moai_llm.training.checkpoint import STATE
+from moai_llm.training.loop import train
+from moai_llm.training.monitor import duration, read_metrics
+from tests.training.conftest import MakeRecipe
+
+
+def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return {**load_file(checkpoint / "model.safetensors"), **load_file(checkpoint / STATE / "optimizer.safetensors")}
+
+
+def same(a: Path, b: Path) -> bool:
+    left, right = tensors(a), tensors(b)
+    return left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(step: int):  # type: ignore[no-untyped-def]
+    def hook(now: int, model: object) -> dict[str, float]:
+        if now == step:
+            raise Stop
+        return {}
+
+    return hook
+
+
+@pytest.mark.parametrize("name", ["moai-hybrid-moe-0.8b-tiny", "blues-01-tiny", "khanh-692m-tiny"])
+def test_resumed_equals_uninterrupted_bit_for_bit(make_recipe: MakeRecipe, name: str) -> None:
+    whole = train(make_recipe(name=name, out="whole"), quiet=True)
+    broken = make_recipe("eval.every=1", name=name, out="broken")
+    with pytest.raises(Stop):
+        train(broken, hooks=[stop_at(5)], quiet=True)  # after the checkpoint of step 3, in the middle of nothing
+    resumed = train(broken, resume=True, quiet=True)
+    assert resumed.name == whole.name == "step-00000008" and same(whole, resumed)
+    other = train(make_recipe("train.seed=1", name=name, out="other"), quiet=True)  # control
+    assert not same(whole, other)
+    rows = [row for row in read_metrics(Path(broken.train.out) / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 9))
+    reference = [row["loss"] for row in read_metrics(Path(make_recipe(out="whole").train.out) / "metrics.jsonl")]
+    assert [row["loss"] for row in rows] == reference
+
+
+def test_a_run_learns_logs_and_keeps_checkpoints(make_recipe: MakeRecipe, store: Path) -> None:
+    recipe = make_recipe(
+        "train.steps=30", "optim.lr=1e-2", f"data.valid={store}", "eval.every=10", "eval.prompts=[Document]", "eval.prompt_tokens=4"
+    )
+    last = train(recipe, hooks=make_hooks(recipe), quiet=True)
+    out = Path(recipe.train.out)
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-00000027", "step-00000030"]
+    rows = read_metrics(out / "metrics.jsonl")
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < losses[0] - 1
+    evaluations = [row for row in rows if "eval_loss" in row]
+    assert [row["step"] for row in evaluations] == [10, 20, 30]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] and 0 < evaluations[-1]["bits_per_byte"] < 8
+    assert {"aux_loss", "expert_cv", "grad_norm", "lr", "tokens", "tokens_per_second"} <= set(rows[0])
+    with (out / "training_log.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(r["loss"]) for r in table if r["loss"]] == losses
+    assert (out / "samples.txt").read_text().count("Document") == 3
+    assert recipes.load(out / "recipe.yaml") == recipe
+    model = load_model(out, dtype="fp32")
+    assert model.path == last and model.model.generation_config.eos_token_id == model.tokenizer.stop_ids
+    assert model.model.config.vocab_size == model.tokenizer.padded_vocab_size
+
+
+def test_fine_tuning_goes_on_from_a_model(make_recipe: MakeRecipe) -> None:
+    first = train(make_recipe(out="first"), quiet=True)
+    tuned = make_recipe(f"train.init_from={first}", "train.steps=1", "optim.lr=0", out="tuned")
+    before, after = (load_file(path / "model.safetensors") for path in (first, train(tuned, quiet=True)))
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    with pytest.raises(MoaiError, match="not a model directory"):
+        train(make_recipe("train.init_from=/nowhere", out="x"), quiet=True)
+
+
+def test_another_tokenizer_is_refused(make_recipe: MakeRecipe) -> None:
+    from moai_llm.tokenizer.train import train_tokenizer
+
+    first = train(make_recipe(out="first"), quiet=True)
+    train_tokenizer(["another text with other words " * 9], 270).save(first)
+    with pytest.raises(MoaiError, match="prepared with another tokenizer"):
+        train(make_recipe(f"train.init_from={first}", out="second"), quiet=True)
+
+
+def test_two_runs_are_not_mixed(make_recipe: MakeRecipe) -> None:
+    train(make_recipe(), quiet=True)
+    with pytest.raises(MoaiError, match="already holds a run: pass --resume .* --fresh"):
+        train(make_recipe(), quiet=True)
+    with pytest.raises(MoaiError, match="started with another recipe; these differ: optim.lr"):
+        train(make_recipe("optim.lr=0.5"), resume=True, quiet=True)
+    assert train(make_recipe("log.every=7"), resume=True, quiet=True).name == "step-00000008"  # nothing left to do
+
+
+def test_changed_data_is_refused(make_recipe: MakeRecipe, store: Path, tokenizer, text_file: Path) -> None:  # type: ignore[no-untyped-def]
+    from moai_llm.data.prepare import prepare
+
+    train(make_recipe("train.steps=4"), quiet=True)
+    text_file.write_text('{"text": "other words"}\n' * 50)
+    prepare([text_file], tokenizer, store, overwrite=True)
+    with pytest.raises(MoaiError, match="trained on other data"):
+        train(make_recipe("train.steps=4"), resume=True, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.train=null"], "data.train is not set"),
+        (["data.train=/nowhere"], "not a prepared store"),
+        (["train.steps=null"], "exactly one of train.steps, train.tokens and train.epochs, got none"),
+        (["train.tokens=5"], "exactly one of"),
+        (["loss.type=focall"], "'focall' is unknown"),
+        (["train.precision=fp16"], "fp16 on a CPU"),
+        (["train.device=cuda:99"], "cannot be used here"),
+    ],
+)
+def test_wrong_runs_say_what_to_do(make_recipe: MakeRecipe, overrides: list[str], message: str) -> None:
+    with pytest.raises(MoaiError, match=message):
+        train(make_recipe(*overrides), quiet=True)
+
+
+def test_rows_longer_than_learned_positions(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(MoaiError, match="data.seq_len 256 is more than the 128 learned positions"):
+        train(make_recipe("data.seq_len=256", name="khanh-692m-tiny"), quiet=True)
+
+
+def test_lengths(make_recipe: MakeRecipe) -> None:
+    from moai_llm.data.loader import Loader
+    from moai_llm.data.shards import Store
+    from moai_llm.training.loop import total_steps
+
+    loader = Loader(Store(make_recipe().data.train), 32)
+    for overrides, expected in ((["train.tokens=1280"], 10), (["train.epochs=2"], round(len(loader) * 2 / 4)), (["train.steps=7"], 7)):
+        recipe = make_recipe("train.steps=null", *overrides)
+        assert total_steps(recipe, loader, rows=4) == expected
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(MoaiError, match=r"the loss is nan at step \d+ \(the last checkpoint is step .*lower optim.lr"):
+        train(make_recipe("optim.lr=1e30", "checkpoint.every=1", "schedule.warmup=0", "train.max_grad_norm=1e30"), quiet=True)
+
+
+def test_activation_checkpointing_and_compile_change_nothing(make_recipe: MakeRecipe) -> None:
+    plain = train(make_recipe(out="plain"), quiet=True)
+    assert same(plain, train(make_recipe("train.activation_checkpointing=true", out="ac"), quiet=True))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_layers_train_to_the_same_loss(make_recipe: MakeRecipe) -> None:
+    losses = []
+    for value in ("false", "true"):
+        recipe = make_recipe(f"train.compile={value}", out=value)
+        train(recipe, quiet=True)
+        losses.append([row["loss"] for row in read_metrics(Path(recipe.train.out) / "metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+
+
+def test_sigterm_saves_and_leaves_cleanly(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe("train.steps=5000", "checkpoint.every=100000")
+    file = tmp_path / "recipe.yaml"
+    file.write_text(recipes.dump(recipe))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "moai_llm", "train", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    log = Path(recipe.train.out) / "metrics.jsonl"
+    for _ in range(600):
+        if len(read_metrics(log)) > 2:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "stopped after step" in output and "--resume" in output
+    (checkpoint,) = (Path(recipe.train.out) / "checkpoints").iterdir()
+    state = json.loads((checkpoint / STATE / "state.json").read_text())
+    assert state["step"] == read_metrics(log)[-1]["step"]
+
+
+def test_durations() -> None:
+    assert [duration(s) for s in (0, 75, 4000)] == ["0:00", "1:15", "1:06:40"]
