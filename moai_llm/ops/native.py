@@ -57,12 +57,10 @@ def _load(source: str) -> ctypes.CDLL:
     built_by = "\0".join([_run([*compiler, "--version"]), *FLAGS, *TARGETS, _cpu()])
     key = hashlib.sha256(code + built_by.encode()).hexdigest()[:32]
     folder = _folder()
-    for path in glob.glob(os.path.join(glob.escape(folder), f"{key}-*.so")):
-        # a damaged library can load and then kill the process: its name must say what is in it
-        if os.path.basename(path) == f"{key}-{_digest(path)}.so":
-            logger.info("native %s: %s", name, path)
-            return _open(path)
-        os.unlink(path)
+    kept = _kept(folder, key)
+    if kept is not None:
+        logger.info("native %s: %s", name, kept)
+        return _open(kept)
     start = time.perf_counter()
     path = _build(compiler, source, folder, key)
     library = _open(path)
@@ -105,6 +103,18 @@ def _folder() -> str:
     if hasattr(os, "getuid") and (status.st_uid not in (os.getuid(), 0) or status.st_mode & 0o022):
         raise Unavailable(f"the cache {folder} can be written by others, who could put a library there")
     return folder
+
+
+def _kept(folder: str, key: str) -> str | None:
+    """The library built before. A damaged one can load and then kill the process: its name says what must be in it."""
+    for path in glob.glob(os.path.join(glob.escape(folder), f"{key}-*.so")):
+        try:
+            if os.path.basename(path) == f"{key}-{_digest(path)}.so":
+                return path
+            os.unlink(path)
+        except OSError:  # another process has just removed it
+            continue
+    return None
 
 
 def _build(compiler: list[str], source: str, folder: str, key: str) -> str:
