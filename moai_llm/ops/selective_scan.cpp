@@ -152,8 +152,13 @@ void forward(const Shape& s, int threads, const T* x, const float* delta, const 
                     store(kept + ((c * s.batch + b) * N + n) * s.channels + j * W, h[n], lanes);
                 const vec skip = load(D + j * W, lanes);
                 for (int k = 0; k < steps; k++) {
-                    const vec d = load(delta + at + k * s.channels, lanes), in = load(x + at + k * s.channels, lanes);
+                    const idx here = at + k * s.channels;
+                    const vec d = load(delta + here, lanes), in = load(x + here, lanes);
                     step[k] = {at_most(d, FAR), d * in, skip * in};
+                    // the next block: the rows lie too far apart for the processor to see it coming
+                    __builtin_prefetch(delta + here + W);
+                    __builtin_prefetch(x + here + W);
+                    __builtin_prefetch(y + here + W, 1);
                 }
                 in_groups(N, [&](idx n, auto group) {
                     scan_group<group>(rate + n, h + n, B_k + n, C_k + n, N, starts ? starts + row : nullptr, steps,
@@ -285,6 +290,9 @@ void backward(const Shape& s, int threads, const T* gy, const float* glast, cons
                     const idx at = (row + k) * s.channels + j * W;
                     const vec d = load(delta + at, lanes);
                     step[k] = {at_most(d, FAR), d * load(x + at, lanes), load(gy + at, lanes), vec{}, vec{}};
+                    __builtin_prefetch(delta + at + W);
+                    __builtin_prefetch(x + at + W);
+                    __builtin_prefetch(gy + at + W);
                 }
             }
             in_groups(N, [&](idx n, auto group) {
