@@ -154,19 +154,28 @@ def _take(t: Tensor, steps: slice, buffer: Tensor) -> Tensor:
     return buffer[: steps.stop - steps.start].copy_(t[:, steps].transpose(0, 1))
 
 
-def _chunk_states(
-    a: Tensor, h: Tensor, dx: Tensor, delta: Tensor, rates: Tensor, B: Tensor, starts: Tensor | None
-) -> None:
-    """Fill a (k,B,N,D) with the decays and h[1:] (k,B,N,D) with states of a chunk, from h[0]. rates = A^T log2 e."""
-    k = dx.shape[0]
-    torch.mul(delta[:, :, None, :], rates, out=a[:k])
-    a[:k].exp2_()
-    if starts is not None:
-        a[:k].masked_fill_(starts[..., None, None], 0)
-    torch.mul(dx[:, :, None, :], B[..., None], out=h[1 : k + 1])
-    hs, decays = h.unbind(0), a.unbind(0)
-    for i in range(k):
-        hs[i + 1].addcmul_(decays[i], hs[i])
+class _Work:
+    """Work buffers of a chunk of some rows: decays (K, B, N, D), and states (K + 1, B, N, D) from the one before it on.
+
+    `decay` and `state` are their steps, taken apart once: to make a view takes as long as a small product.
+    """
+
+    def __init__(self, like: Tensor, rows: int, states: int, channels: int) -> None:
+        self.decays = like.new_empty(CHUNK, rows, states, channels)
+        self.states = like.new_empty(CHUNK + 1, rows, states, channels)
+        self.decay, self.state = self.decays.unbind(0), self.states.unbind(0)
+
+    def walk(self, dx: Tensor, delta: Tensor, rates: Tensor, B: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Fill both from state[0]; rates = A^T log2 e. -> decays and states (k, B, N, D) of the k steps."""
+        k = dx.shape[0]
+        decays, states = self.decays[:k], self.states[1 : k + 1]
+        torch.mul(delta[:, :, None, :], rates, out=decays).exp2_()
+        if starts is not None:
+            decays.masked_fill_(starts[..., None, None], 0)
+        torch.mul(dx[:, :, None, :], B[..., None], out=states)
+        for i in range(k):
+            self.state[i + 1].addcmul_(self.decay[i], self.state[i])
+        return decays, states
 
 
 def _chunks(length: int) -> list[slice]:
@@ -207,16 +216,17 @@ def _chunked_forward(
     y, last = x.new_empty(b, l, d), x.new_empty(b, d, n, dtype=dtype)
     kept = x.new_empty(len(_chunks(l)) if save else 0, b, n, d, dtype=dtype)
     for r in _row_groups(x, n):
-        masks = None if starts is None else starts[r]
-        h = x.new_zeros(CHUNK + 1, r.stop - r.start, n, d, dtype=dtype)
-        if h0 is not None:
-            h[0] = h0[r].transpose(1, 2)
-        _forward_rows(x[r], delta[r], rates, B[r], C[r], D, masks, h, y[r], kept[:, r])
-        last[r] = h[0].transpose(1, 2)
+        work = _Work(delta, r.stop - r.start, n, d)
+        work.states[0] = 0 if h0 is None else h0[r].transpose(1, 2)
+        _forward_rows(
+            work, x[r], delta[r], rates, B[r], C[r], D, None if starts is None else starts[r], y[r], kept[:, r]
+        )
+        last[r] = work.state[0].transpose(1, 2)
     return y, last, kept
 
 
 def _forward_rows(
+    work: _Work,
     x: Tensor,
     delta: Tensor,
     rates: Tensor,
@@ -224,26 +234,24 @@ def _forward_rows(
     C: Tensor,
     D: Tensor,
     starts: Tensor | None,
-    h: Tensor,
     y: Tensor,
     kept: Tensor,
 ) -> None:
-    """Fill y and kept. h[0] is the state before the first step, and then the one after the last."""
+    """Fill y and kept. work.state[0] is the state before the first step, and then the one after the last."""
     (b, l, d), n = x.shape, rates.shape[0]
-    a = torch.empty_like(h)
-    x_k, d_k, dx_k, y_k = h.new_empty(4, CHUNK, b, d)
-    B_k, C_k = h.new_empty(2, CHUNK, b, n)
+    x_k, d_k, dx_k, y_k = rates.new_empty(4, CHUNK, b, d)
+    B_k, C_k = rates.new_empty(2, CHUNK, b, n)
     chunks = _chunks(l)
     masks = _chunks_with_starts(starts, len(chunks))
     for c, s in enumerate(chunks):
         k = s.stop - s.start
         xs, ds, Bs, Cs = _take(x, s, x_k), _take(delta, s, d_k), _take(B, s, B_k), _take(C, s, C_k)
         if len(kept):
-            kept[c] = h[0]
-        _chunk_states(a, h, torch.mul(ds, xs, out=dx_k[:k]), ds, rates, Bs, masks[c])
-        torch.bmm(Cs.view(k * b, 1, n), h[1 : k + 1].view(k * b, n, d), out=y_k[:k].view(k * b, 1, d))
+            kept[c] = work.state[0]
+        _, hs = work.walk(torch.mul(ds, xs, out=dx_k[:k]), ds, rates, Bs, masks[c])
+        torch.bmm(Cs.view(k * b, 1, n), hs.view(k * b, n, d), out=y_k[:k].view(k * b, 1, d))
         y[:, s] = y_k[:k].addcmul_(xs, D).transpose(0, 1)
-        h[0] = h[k]
+        work.state[0].copy_(work.state[k])
 
 
 @torch.library.custom_op("moai::selective_scan_chunked_backward", mutates_args=())
@@ -257,11 +265,11 @@ def _chunked_backward(
     gx, gdelta, gB, gC = (t.new_empty(t.shape) for t in (x, delta, B, C))
     gA, gD, gh0 = torch.zeros_like(At), torch.zeros_like(D), delta.new_empty(b, d, n)
     for r in _row_groups(x, n):
-        masks = None if starts is None else starts[r]
+        borders = None if starts is None else starts[r]
         carry = delta.new_zeros(r.stop - r.start, n, d)
         if gh is not None:
             carry.copy_(gh[r].transpose(1, 2))
-        given = (gy[r], x[r], delta[r], At, B[r], C[r], D, masks, kept[:, r])
+        given = (gy[r], x[r], delta[r], At, B[r], C[r], D, borders, kept[:, r])
         _backward_rows(*given, carry, gx[r], gdelta[r], gA, gB[r], gC[r], gD)
         gh0[r] = carry.transpose(1, 2)
     return gx, gdelta, gA.t().contiguous(), gB, gC, gD, gh0
@@ -273,36 +281,34 @@ def _backward_rows(
 ) -> None:  # fmt: skip
     """Fill or add to the gradients. carry is that of the state after the last step, and then before the first."""
     (b, l, d), n = x.shape, At.shape[0]
-    a, q = At.new_empty(2, CHUNK, b, n, d)
-    h = At.new_empty(CHUNK + 1, b, n, d)
+    work, q = _Work(At, b, n, d), At.new_empty(CHUNK, b, n, d)
     x_k, d_k, dx_k, gy_k, qB_k, wA_k = At.new_empty(6, CHUNK, b, d)
     B_k, C_k, sum_k = At.new_empty(3, CHUNK, b, n)
     gA_k, gD_k, rates = torch.empty_like(At), torch.empty_like(D), At * LOG2E
-    qs, decays = q.unbind(0), a.unbind(0)
     chunks = _chunks(l)
     masks = _chunks_with_starts(starts, len(chunks))
     for c, s in reversed(list(enumerate(chunks))):
         k = s.stop - s.start
         xs, ds, gs = _take(x, s, x_k), _take(delta, s, d_k), _take(gy, s, gy_k)
         Bs, Cs = _take(B, s, B_k), _take(C, s, C_k)
-        dx, qB, wA, sums = torch.mul(ds, xs, out=dx_k[:k]), qB_k[:k], wA_k[:k], sum_k[:k]
-        h[0] = kept[c]
-        _chunk_states(a, h, dx, ds, rates, Bs, masks[c])
+        dx, qs, qB, wA, sums = torch.mul(ds, xs, out=dx_k[:k]), q[:k], qB_k[:k], wA_k[:k], sum_k[:k]
+        work.state[0].copy_(kept[c])
+        w, hs = work.walk(dx, ds, rates, Bs, masks[c])
         # the vector from the left: from the right the same product is ten times slower on a CPU
-        torch.bmm(gs.view(k * b, 1, d), h[1 : k + 1].view(k * b, n, d).transpose(1, 2), out=sums.view(k * b, 1, n))
+        torch.bmm(gs.view(k * b, 1, d), hs.view(k * b, n, d).transpose(1, 2), out=sums.view(k * b, 1, n))
         gC[:, s] = sums.transpose(0, 1)
         # q_t = dL/dh_t = C_t g_t + a_{t+1} q_{t+1}, from the last step of the chunk to its first; a_t becomes a_t q_t
-        torch.mul(gs[:, :, None, :], Cs[..., None], out=q[:k])
-        for i in range(k - 1, -1, -1):
-            qs[i].add_(carry if i == k - 1 else decays[i + 1])
-            decays[i].mul_(qs[i])
-        carry.copy_(decays[0])
-        torch.bmm(dx.view(k * b, 1, d), q[:k].view(k * b, n, d).transpose(1, 2), out=sums.view(k * b, 1, n))
+        products = gs[:, :, None, :].unbind(0), Cs[..., None].unbind(0), qs.unbind(0)
+        for i, (g_t, C_t, q_t) in reversed(list(enumerate(zip(*products)))):
+            torch.addcmul(carry if i == k - 1 else work.decay[i + 1], g_t, C_t, out=q_t)
+            work.decay[i].mul_(q_t)
+        carry.copy_(work.decay[0])
+        torch.bmm(dx.view(k * b, 1, d), qs.view(k * b, n, d).transpose(1, 2), out=sums.view(k * b, 1, n))
         gB[:, s] = sums.transpose(0, 1)
-        torch.bmm(Bs.view(k * b, 1, n), q[:k].view(k * b, n, d), out=qB.view(k * b, 1, d))
-        w = a[:k].mul_(h[:k])  # dL/d(delta_t A) = q_t a_t h_{t-1}
-        gA.add_(torch.sum(torch.mul(w, ds[:, :, None, :], out=q[:k]), (0, 1), out=gA_k))
-        torch.sum(torch.mul(w, At, out=q[:k]), 2, out=wA)
+        torch.bmm(Bs.view(k * b, 1, n), qs.view(k * b, n, d), out=qB.view(k * b, 1, d))
+        w.mul_(work.states[:k])  # dL/d(delta_t A) = q_t a_t h_{t-1}
+        gA.add_(torch.sum(torch.mul(w, ds[:, :, None, :], out=qs), (0, 1), out=gA_k))
+        torch.sum(torch.mul(w, At, out=qs), 2, out=wA)
         gdelta[:, s] = wA.addcmul_(qB, xs).transpose(0, 1)
         gx[:, s] = qB.mul_(ds).addcmul_(gs, D).transpose(0, 1)
         gD.add_(torch.sum(gs.mul_(xs), (0, 1), out=gD_k))
