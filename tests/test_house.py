@@ -14,7 +14,8 @@ import moai_llm
 
 PACKAGE = Path(moai_llm.__file__).parent
 FLOORS = [
-    ["ops", "runtime", "architecture"],
+    ["runtime", "architecture"],
+    ["ops"],
     ["config", "losses"],
     ["recipe", "tokenizer", "modeling"],
     ["data", "quantization"],

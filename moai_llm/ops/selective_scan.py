@@ -11,12 +11,15 @@ backward, `native` is C++ built for this CPU (selective_scan_native.py).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moai_llm.ops.dispatch import Implementation, define
 
-CHUNK = 16  # steps a chunk: its work buffers stay in the cache, and one state is kept per chunk for the backward
+CHUNK = 16  # steps a chunk; one state is kept per chunk for the backward
+CACHED = 2**15  # elements of the state a thread walks together: the work buffers of a chunk then stay in its caches
 
 
 def selective_scan(
@@ -49,7 +52,7 @@ def selective_scan(
     Raises:
         ValueError: shapes that do not agree.
     """
-    _check(x, delta, A, B, C, D, seq_idx, initial_state)
+    check_shapes(x, delta, A, B, C, D, seq_idx, initial_state)
     dtype = _state_dtype(x)
     # delta and the parameters carry the precision of the recurrence; x, B, C may stay in half precision
     delta, A = delta.to(dtype), A.to(dtype)
@@ -82,16 +85,20 @@ def selective_scan_step(
     Returns:
         y (B, D) in the dtype of x.
     """
-    delta = delta.to(state.dtype)
-    D = torch.zeros(x.shape[1], dtype=state.dtype, device=x.device) if D is None else D.to(state.dtype)
-    return _step(x, state, delta, A.to(state.dtype), B.to(x.dtype), C.to(x.dtype), D)
+    dtype = state.dtype
+    D = torch.zeros(x.shape[1], dtype=dtype, device=x.device) if D is None else _cast(D, dtype)
+    return _step(x, state, _cast(delta, dtype), _cast(A, dtype), _cast(B, x.dtype), _cast(C, x.dtype), D)
+
+
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype is dtype else t.to(dtype)  # `to` takes a microsecond even where it does nothing
 
 
 def _state_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _check(
+def check_shapes(
     x: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -132,29 +139,54 @@ def scan_reference(
 
 def step_reference(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
     state.mul_(torch.exp(delta[..., None] * A)).add_((delta * x)[..., None] * B[:, None, :])
-    return torch.addcmul((state @ C[..., None].to(state.dtype)).squeeze(-1), D, x.to(state.dtype)).to(x.dtype)
+    y = (state * C[:, None, :]).sum(-1)  # not a matrix product, which autocast would make in half precision
+    return torch.addcmul(y, D, x.to(state.dtype)).to(x.dtype)
 
 
-# ---------------------------------------------------------------- torch: chunked, any device, recomputed in the
-# backward
+# ---------------------------------------------------------------- torch: in chunks, on any device
 
 
-def _transposed(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Swap batch and time into a contiguous tensor of this dtype, in one pass."""
-    return t.new_empty((t.shape[1], t.shape[0], t.shape[2]), dtype=dtype).copy_(t.transpose(0, 1))
+LOG2E = 1.4426950408889634  # decays are powers of two here: on a CPU torch.exp2 is up to three times as fast as exp
 
 
-def _chunk_states(a: Tensor, h: Tensor, x: Tensor, delta: Tensor, At: Tensor, B: Tensor, starts: Tensor | None) -> None:
-    """Fill a (k,B,N,D) with the decays and h[1:] (k,B,N,D) with the states of one chunk, from h[0]."""
-    k = x.shape[0]
-    torch.mul(delta[:, :, None, :], At, out=a[:k])
-    a[:k].exp_()
-    if starts is not None:
-        a[:k].masked_fill_(starts[..., None, None], 0)
-    torch.mul((delta * x)[:, :, None, :], B[..., None], out=h[1 : k + 1])
-    hs, decays = h.unbind(0), a.unbind(0)
-    for i in range(k):
-        hs[i + 1].addcmul_(decays[i], hs[i])
+def _take(t: Tensor, steps: slice, buffer: Tensor) -> Tensor:
+    """Some steps of (B, L, ...) as (k, B, ...), in a buffer of its dtype: fresh tensors would cost page faults."""
+    return buffer[: steps.stop - steps.start].copy_(t[:, steps].transpose(0, 1))
+
+
+class _Work:
+    """Work buffers of a chunk of some rows: decays (K, B, N, D), and states (K + 1, B, N, D) from the one before it on.
+
+    `decay` and `state` are their steps, taken apart once: to make a view takes as long as a small product.
+    """
+
+    def __init__(self, like: Tensor, rows: int, states: int, channels: int) -> None:
+        self.decays = like.new_empty(CHUNK, rows, states, channels)
+        self.states = like.new_empty(CHUNK + 1, rows, states, channels)
+        self.decay, self.state = self.decays.unbind(0), self.states.unbind(0)
+
+    def walk(self, dx: Tensor, delta: Tensor, rates: Tensor, B: Tensor, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Fill both from state[0]; rates = A^T log2 e. -> decays and states (k, B, N, D) of the k steps."""
+        k = dx.shape[0]
+        decays, states = self.decays[:k], self.states[1 : k + 1]
+        torch.mul(delta[:, :, None, :], rates, out=decays).exp2_()
+        if starts is not None:
+            decays.masked_fill_(starts[..., None, None], 0)
+        torch.mul(dx[:, :, None, :], B[..., None], out=states)
+        for i in range(k):
+            self.state[i + 1].addcmul_(self.decay[i], self.state[i])
+        return decays, states
+
+
+def _chunks(length: int) -> list[slice]:
+    return [slice(t, min(t + CHUNK, length)) for t in range(0, length, CHUNK)]
+
+
+def _row_groups(x: Tensor, states: int) -> list[slice]:
+    """Rows of the batch to walk together: on a CPU no more than keep the work buffers of a chunk in its caches."""
+    rows, _, channels = x.shape
+    together = max(1, CACHED * torch.get_num_threads() // (channels * states)) if x.device.type == "cpu" else rows
+    return [slice(b, min(b + together, rows)) for b in range(0, rows, together)]
 
 
 def _chunks_with_starts(starts: Tensor | None, chunks: int) -> list[Tensor | None]:
@@ -180,103 +212,139 @@ def _chunked_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> y, final state (B, D, N), and with `save` the state before each chunk (chunks, B, N, D)."""
     (b, l, d), n, dtype = x.shape, A.shape[1], delta.dtype
-    xt, dt, Bt, Ct = (_transposed(t, dtype) for t in (x, delta, B, C))
-    At = A.t().contiguous()
-    chunks = -(-l // CHUNK)
-    masks = _chunks_with_starts(starts, chunks)
-    a, h = x.new_empty(CHUNK, b, n, d, dtype=dtype), x.new_empty(CHUNK + 1, b, n, d, dtype=dtype)
-    h[0] = 0 if h0 is None else h0.transpose(1, 2)
-    kept = x.new_empty(chunks if save else 0, b, n, d, dtype=dtype)
-    y = x.new_empty(l, b, d, dtype=dtype)
-    for c in range(chunks):
-        s = slice(c * CHUNK, min((c + 1) * CHUNK, l))
+    rates = (A * LOG2E).t().contiguous()
+    y, last = x.new_empty(b, l, d), x.new_empty(b, d, n, dtype=dtype)
+    kept = x.new_empty(len(_chunks(l)) if save else 0, b, n, d, dtype=dtype)
+    for r in _row_groups(x, n):
+        work = _Work(delta, r.stop - r.start, n, d)
+        work.states[0] = 0 if h0 is None else h0[r].transpose(1, 2)
+        _forward_rows(
+            work, x[r], delta[r], rates, B[r], C[r], D, None if starts is None else starts[r], y[r], kept[:, r]
+        )
+        last[r] = work.state[0].transpose(1, 2)
+    return y, last, kept
+
+
+def _forward_rows(
+    work: _Work,
+    x: Tensor,
+    delta: Tensor,
+    rates: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    starts: Tensor | None,
+    y: Tensor,
+    kept: Tensor,
+) -> None:
+    """Fill y and kept. work.state[0] is the state before the first step, and then the one after the last."""
+    (b, l, d), n = x.shape, rates.shape[0]
+    x_k, d_k, dx_k, y_k = rates.new_empty(4, CHUNK, b, d)
+    B_k, C_k = rates.new_empty(2, CHUNK, b, n)
+    chunks = _chunks(l)
+    masks = _chunks_with_starts(starts, len(chunks))
+    for c, s in enumerate(chunks):
         k = s.stop - s.start
-        if save:
-            kept[c] = h[0]
-        _chunk_states(a, h, xt[s], dt[s], At, Bt[s], masks[c])
-        torch.bmm(Ct[s].reshape(k * b, 1, n), h[1 : k + 1].view(k * b, n, d), out=y[s].view(k * b, 1, d))
-        h[0] = h[k]
-    y.addcmul_(xt, D)
-    return _transposed(y, x.dtype), h[0].transpose(1, 2).contiguous(), kept
-
-
-@_chunked_forward.register_fake
-def _(x, delta, A, B, C, D, starts, h0, save):  # type: ignore[no-untyped-def]
-    (b, l, d), n = x.shape, A.shape[1]
-    kept = x.new_empty(-(-l // CHUNK) if save else 0, b, n, d, dtype=delta.dtype)
-    return x.new_empty(b, l, d), x.new_empty(b, d, n, dtype=delta.dtype), kept
+        xs, ds, Bs, Cs = _take(x, s, x_k), _take(delta, s, d_k), _take(B, s, B_k), _take(C, s, C_k)
+        if len(kept):
+            kept[c] = work.state[0]
+        _, hs = work.walk(torch.mul(ds, xs, out=dx_k[:k]), ds, rates, Bs, masks[c])
+        torch.bmm(Cs.view(k * b, 1, n), hs.view(k * b, n, d), out=y_k[:k].view(k * b, 1, d))
+        y[:, s] = y_k[:k].addcmul_(xs, D).transpose(0, 1)
+        work.state[0].copy_(work.state[k])
 
 
 @torch.library.custom_op("moai::selective_scan_chunked_backward", mutates_args=())
 def _chunked_backward(
-    gy: Tensor, gh: Tensor | None, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, starts: Tensor | None,
-    kept: Tensor,
+    gy: Tensor, gh: Tensor | None, x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor,
+    starts: Tensor | None, kept: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of x, delta, A, B, C, D and of the initial state, from those of y and of the final state."""
-    (b, l, d), n, dtype = x.shape, A.shape[1], delta.dtype
-    xt, dt, Bt, Ct, gt = (_transposed(t, dtype) for t in (x, delta, B, C, gy))
+    (b, _, d), n = x.shape, A.shape[1]
     At = A.t().contiguous()
-    masks = _chunks_with_starts(starts, kept.shape[0])
-    shape = (CHUNK, b, n, d)
-    a, q, w = (x.new_empty(shape, dtype=dtype) for _ in range(3))
-    h = x.new_empty(CHUNK + 1, b, n, d, dtype=dtype)
-    gx, gdelta = torch.empty_like(xt), torch.empty_like(dt)
-    gB, gC, gA = torch.empty_like(Bt), torch.empty_like(Ct), torch.zeros_like(At)
-    carry = x.new_zeros(b, n, d, dtype=dtype) if gh is None else gh.to(dtype).transpose(1, 2).contiguous()
-    for c in range(kept.shape[0] - 1, -1, -1):
-        s = slice(c * CHUNK, min((c + 1) * CHUNK, l))
+    gx, gdelta, gB, gC = (t.new_empty(t.shape) for t in (x, delta, B, C))
+    gA, gD, gh0 = torch.zeros_like(At), torch.zeros_like(D), delta.new_empty(b, d, n)
+    for r in _row_groups(x, n):
+        borders = None if starts is None else starts[r]
+        carry = delta.new_zeros(r.stop - r.start, n, d)
+        if gh is not None:
+            carry.copy_(gh[r].transpose(1, 2))
+        given = (gy[r], x[r], delta[r], At, B[r], C[r], D, borders, kept[:, r])
+        _backward_rows(*given, carry, gx[r], gdelta[r], gA, gB[r], gC[r], gD)
+        gh0[r] = carry.transpose(1, 2)
+    return gx, gdelta, gA.t().contiguous(), gB, gC, gD, gh0
+
+
+def _backward_rows(
+    gy: Tensor, x: Tensor, delta: Tensor, At: Tensor, B: Tensor, C: Tensor, D: Tensor, starts: Tensor | None,
+    kept: Tensor, carry: Tensor, gx: Tensor, gdelta: Tensor, gA: Tensor, gB: Tensor, gC: Tensor, gD: Tensor,
+) -> None:  # fmt: skip
+    """Fill or add to the gradients. carry is that of the state after the last step, and then before the first."""
+    (b, l, d), n = x.shape, At.shape[0]
+    work, q = _Work(At, b, n, d), At.new_empty(CHUNK, b, n, d)
+    x_k, d_k, dx_k, gy_k, qB_k, wA_k = At.new_empty(6, CHUNK, b, d)
+    B_k, C_k, sum_k = At.new_empty(3, CHUNK, b, n)
+    gA_k, gD_k, rates = torch.empty_like(At), torch.empty_like(D), At * LOG2E
+    chunks = _chunks(l)
+    masks = _chunks_with_starts(starts, len(chunks))
+    for c, s in reversed(list(enumerate(chunks))):
         k = s.stop - s.start
-        xs, ds, Bs, Cs, gs = xt[s], dt[s], Bt[s], Ct[s], gt[s]
-        h[0] = kept[c]
-        _chunk_states(a, h, xs, ds, At, Bs, masks[c])
-        torch.bmm(h[1 : k + 1].view(k * b, n, d), gs.view(k * b, d, 1), out=gC[s].view(k * b, n, 1))
-        # q_t = dL/dh_t = C_t g_t + a_{t+1} q_{t+1}, from the last step of the chunk to its first
-        torch.mul(gs[:, :, None, :], Cs[..., None], out=q[:k])
-        qs, decays = q.unbind(0), a.unbind(0)
-        qs[k - 1].add_(carry)
-        for i in range(k - 2, -1, -1):
-            qs[i].addcmul_(decays[i + 1], qs[i + 1])
-        torch.mul(decays[0], qs[0], out=carry)
-        rows = q[:k].view(k * b, n, d)
-        torch.bmm(rows, (ds * xs).view(k * b, d, 1), out=gB[s].view(k * b, n, 1))
-        sum_qB = torch.bmm(Bs.reshape(k * b, 1, n), rows).view(k, b, d)
-        q[:k].mul_(a[:k]).mul_(h[:k])  # dL/d(delta_t A): q_t a_t h_{t-1}
-        gA.add_(torch.mul(q[:k], ds[:, :, None, :], out=w[:k]).sum((0, 1)))
-        sum_qA = torch.mul(q[:k], At, out=w[:k]).sum(2)
-        torch.mul(gs, D, out=gx[s])
-        gx[s].addcmul_(sum_qB, ds)
-        torch.addcmul(sum_qA, sum_qB, xs, out=gdelta[s])
-    gD = (gt * xt).sum((0, 1))
-    return (_transposed(gx, x.dtype), _transposed(gdelta, dtype), gA.t().contiguous(), _transposed(gB, B.dtype),
-            _transposed(gC, C.dtype), gD, carry.transpose(1, 2).contiguous())  # fmt: skip
+        xs, ds, gs = _take(x, s, x_k), _take(delta, s, d_k), _take(gy, s, gy_k)
+        Bs, Cs = _take(B, s, B_k), _take(C, s, C_k)
+        dx, qs, qB, wA, sums = torch.mul(ds, xs, out=dx_k[:k]), q[:k], qB_k[:k], wA_k[:k], sum_k[:k]
+        work.state[0].copy_(kept[c])
+        w, hs = work.walk(dx, ds, rates, Bs, masks[c])
+        # the vector from the left: from the right the same product is ten times slower on a CPU
+        torch.bmm(gs.view(k * b, 1, d), hs.view(k * b, n, d).transpose(1, 2), out=sums.view(k * b, 1, n))
+        gC[:, s] = sums.transpose(0, 1)
+        # q_t = dL/dh_t = C_t g_t + a_{t+1} q_{t+1}, from the last step of the chunk to its first; a_t becomes a_t q_t
+        products = gs[:, :, None, :].unbind(0), Cs[..., None].unbind(0), qs.unbind(0)
+        for i, (g_t, C_t, q_t) in reversed(list(enumerate(zip(*products)))):
+            torch.addcmul(carry if i == k - 1 else work.decay[i + 1], g_t, C_t, out=q_t)
+            work.decay[i].mul_(q_t)
+        carry.copy_(work.decay[0])
+        torch.bmm(dx.view(k * b, 1, d), qs.view(k * b, n, d).transpose(1, 2), out=sums.view(k * b, 1, n))
+        gB[:, s] = sums.transpose(0, 1)
+        torch.bmm(Bs.view(k * b, 1, n), qs.view(k * b, n, d), out=qB.view(k * b, 1, d))
+        w.mul_(work.states[:k])  # dL/d(delta_t A) = q_t a_t h_{t-1}
+        gA.add_(torch.sum(torch.mul(w, ds[:, :, None, :], out=qs), (0, 1), out=gA_k))
+        torch.sum(torch.mul(w, At, out=qs), 2, out=wA)
+        gdelta[:, s] = wA.addcmul_(qB, xs).transpose(0, 1)
+        gx[:, s] = qB.mul_(ds).addcmul_(gs, D).transpose(0, 1)
+        gD.add_(torch.sum(gs.mul_(xs), (0, 1), out=gD_k))
 
 
-@_chunked_backward.register_fake
-def _(gy, gh, x, delta, A, B, C, D, starts, kept):  # type: ignore[no-untyped-def]
-    return (
-        *(torch.empty_like(t) for t in (x, delta, A, B, C, D)),
-        x.new_empty(x.shape[0], *A.shape, dtype=delta.dtype),
-    )
+def register_scan(forward: Any, backward: Any, chunk: int) -> None:
+    """Make a pair of custom ops with the two signatures above differentiable, and traceable by torch.compile.
 
+    `chunk` is the number of steps between two states that `forward` keeps for `backward`.
+    """
 
-def _save_for_backward(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    x, delta, A, B, C, D, starts, h0, _ = inputs
-    ctx.save_for_backward(x, delta, A, B, C, D, starts, output[2])
-    ctx.has_state = h0 is not None
+    def forward_shapes(x, delta, A, B, C, D, starts, h0, save):
+        (b, l, d), n = x.shape, A.shape[1]
+        kept = x.new_empty(-(-l // chunk) if save else 0, b, n, d, dtype=delta.dtype)
+        return x.new_empty(b, l, d), x.new_empty(b, d, n, dtype=delta.dtype), kept
 
+    def backward_shapes(gy, gh, x, delta, A, B, C, D, starts, kept):
+        gradients = [t.new_empty(t.shape) for t in (x, delta, A, B, C, D)]
+        return *gradients, x.new_empty(x.shape[0], *A.shape, dtype=delta.dtype)
 
-def scan_gradients(backward):  # type: ignore[no-untyped-def]
-    """The autograd formula shared by the custom ops of this signature: `backward` computes all gradients at once."""
+    def save_for_backward(ctx, inputs, output):
+        x, delta, A, B, C, D, starts, h0, _ = inputs
+        ctx.save_for_backward(x, delta, A, B, C, D, starts, output[2])
+        ctx.has_state = h0 is not None
 
-    def formula(ctx, gy, gh, _):  # type: ignore[no-untyped-def]
+    def gradients(ctx, gy, gh, _):
         x, delta, A, B, C, D, starts, kept = ctx.saved_tensors
         *grads, gh0 = backward(gy, gh, x, delta, A, B, C, D, starts, kept)
         return (*grads, None, gh0 if ctx.has_state else None, None)
 
-    return formula
+    forward.register_fake(forward_shapes)
+    backward.register_fake(backward_shapes)
+    forward.register_autograd(gradients, setup_context=save_for_backward)
 
 
-_chunked_forward.register_autograd(scan_gradients(_chunked_backward), setup_context=_save_for_backward)
+register_scan(_chunked_forward, _chunked_backward, CHUNK)
 
 
 def needs_backward(*tensors: Tensor | None) -> bool:

@@ -1,0 +1,164 @@
+// What the C++ kernels of this folder share: vectors as wide as the machine's, 2^x, and the threads of torch.
+//
+// Plain C++17 with the vector extensions of GCC and Clang, no torch and no Python: a compiler is all it takes to build.
+// Built and loaded by native.py.
+
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace moai {
+
+using idx = int64_t;
+using bf16 = uint16_t;  // only its bits: no sum is ever made in it
+
+// ---------------------------------------------------------------- vectors
+
+// A vector wider than the registers is lowered through memory, several times slower: take the width the machine has.
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef int32_t ints __attribute__((vector_size(4 * W)));
+typedef uint32_t bits __attribute__((vector_size(4 * W)));
+typedef uint16_t halves __attribute__((vector_size(2 * W)));
+
+inline vec splat(float x) { return vec{} + x; }
+inline vec at_most(vec v, float limit) { return v > limit ? splat(limit) : v; }
+inline vec at_least(vec v, float limit) { return v < limit ? splat(limit) : v; }
+
+// The first `count` lanes, the others zero. A full vector is one instruction.
+template <class V, class T>
+inline V load_lanes(const T* p, int count) {
+    V v = {};
+    if (count == W)
+        std::memcpy(&v, p, sizeof v);
+    else
+        for (int i = 0; i < count; i++) v[i] = p[i];
+    return v;
+}
+
+template <class V, class T>
+inline void store_lanes(T* p, V v, int count) {
+    if (count == W)
+        std::memcpy(p, &v, sizeof v);
+    else
+        for (int i = 0; i < count; i++) p[i] = v[i];
+}
+
+inline vec load(const float* p, int count = W) { return load_lanes<vec>(p, count); }
+inline vec load(const bf16* p, int count = W) {
+    return (vec)(__builtin_convertvector(load_lanes<halves>(p, count), bits) << 16);
+}
+
+inline void store(float* p, vec v, int count = W) { store_lanes(p, v, count); }
+inline void store(bf16* p, vec v, int count = W) {
+    bits u = (bits)v;
+    u += 0x7fff + ((u >> 16) & 1);          // to the nearest, ties to even
+    u = v == v ? u : bits{} + 0x7fc00000u;  // rounding could carry a NaN over into a number
+    store_lanes(p, __builtin_convertvector(u >> 16, halves), count);
+}
+
+template <class From, class To>
+void convert(const From* p, idx count, To* out) {
+    for (idx i = 0; i < count; i += W) {
+        const int lanes = count - i < W ? int(count - i) : W;
+        store(out + i, load(p + i, lanes), lanes);
+    }
+}
+
+inline float sum_lanes(vec v) {  // by halving
+    float part[W];
+    std::memcpy(part, &v, sizeof v);
+#pragma GCC unroll 4
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] += part[i + half];
+    return part[0];
+}
+
+// 2^x with a relative error below 1e-7, and 0 far below the range of a float: 2^round(x) times a polynomial of the rest
+// (minimax on [-1/2, 1/2], and exactly 1 at 0: decays near 1 are what a long memory is made of).
+inline vec exp2(vec x) {
+#if defined(__AVX512F__)
+    const vec whole = (vec)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const vec f = x - whole;
+#else
+    const vec inside = at_most(at_least(x, -126), 127);
+    const vec shifted = inside + 12582912.f;  // 1.5 * 2^23: the sum has no room for a fraction, so it is rounded
+    const vec f = inside - (shifted - 12582912.f);
+#endif
+    vec p = splat(1.5353362e-4f);
+    p = p * f + 1.3398875e-3f;
+    p = p * f + 9.6184369e-3f;
+    p = p * f + 5.5503324e-2f;
+    p = p * f + 2.4022648e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.f;
+#if defined(__AVX512F__)
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)whole);
+#else
+    const ints scaled = (ints)p + ((ints)shifted << 23);
+    return (vec)(x < -126 ? ints{} : scaled);
+#endif
+}
+
+// ---------------------------------------------------------------- threads
+
+// GOMP_parallel of the OpenMP runtime that torch has loaded. To ask it for a team by address, and not to compile with
+// -fopenmp, keeps one runtime and one pool of threads in the process, whichever compiler builds this.
+using Team = void (*)(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+static Team team = nullptr;
+
+// run(task, worker) for each task, worker < threads. Which worker takes which task is open: no result may depend on it.
+template <class Run>
+void parallel(int threads, idx tasks, const Run& run) {
+    if (threads < 2 || tasks < 2 || !team) {
+        for (idx task = 0; task < tasks; task++) run(task, 0);
+        return;
+    }
+    struct Job {
+        const Run& run;
+        const idx tasks;
+        std::atomic<idx> next{0};
+        std::atomic<int> workers{0};
+    } job{run, tasks};
+    const auto work = [](void* data) {
+        Job& job = *static_cast<Job*>(data);
+        const int worker = job.workers.fetch_add(1);
+        for (idx task; (task = job.next.fetch_add(1)) < job.tasks;) job.run(task, worker);
+    };
+    team(work, &job, unsigned(threads), 0);  // of the size that torch itself asks for: another would restart threads
+}
+
+// Aligned memory for each worker, taken before they start: an exception must not leave a thread.
+class Scratch {
+  public:
+    Scratch(idx workers, idx vecs) : vecs_(vecs), memory_(new float[(workers * vecs + 1) * W]) {
+        void* start = memory_.get();
+        std::size_t room = (workers * vecs + 1) * sizeof(vec);
+        base_ = static_cast<vec*>(std::align(sizeof(vec), workers * vecs * sizeof(vec), start, room));
+    }
+    vec* of(int worker) const { return base_ + vecs_ * worker; }
+
+  private:
+    idx vecs_;
+    std::unique_ptr<float[]> memory_;
+    vec* base_;
+};
+
+}  // namespace moai
+
+// Defined here because a library is one source file and this header.
+extern "C" void moai_use_team(void* gomp_parallel) { moai::team = reinterpret_cast<moai::Team>(gomp_parallel); }
