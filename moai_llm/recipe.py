@@ -172,7 +172,7 @@ def from_tree(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     from pydantic import TypeAdapter, ValidationError
 
     for cls in (Recipe, *(t for t in get_type_hints(Recipe).values() if is_dataclass(t))):
-        cls.__pydantic_config__ = {"extra": "forbid"}
+        cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[union-attr]
     try:
         recipe = TypeAdapter(Recipe).validate_python(tree)
     except ValidationError as error:

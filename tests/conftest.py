@@ -1,4 +1,6 @@
-"""Shared pieces of the suite: small models of every pair of bricks, a tokenizer, and memory that shows when it is read too early."""
+"""Shared pieces of the suite: small models of every pair of bricks, a tokenizer, and memory that shows when it is
+read too early.
+"""
 
 from __future__ import annotations
 
@@ -73,14 +75,19 @@ def tokenizer() -> Tokenizer:
 def text_file(tmp_path: Path) -> Path:
     """Forty short documents as JSON lines."""
     file = tmp_path / "text.jsonl"
-    lines = [{"text": f"Document {i} says that interest on deposit {i} is paid. 이자는 {i}번 붙어요. " * (1 + i % 5)} for i in range(40)]
+    lines = [
+        {"text": f"Document {i} says that interest on deposit {i} is paid. 이자는 {i}번 붙어요. " * (1 + i % 5)}
+        for i in range(40)
+    ]
     file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     return file
 
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():  # type: ignore[no-untyped-def]
-    """Fresh tensors are filled with NaN where torch is asked to be deterministic, so that reading them too early shows."""
+    """Fresh tensors are filled with NaN where torch is asked to be deterministic, so that reading them too early
+    shows.
+    """
     before = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -70,7 +70,11 @@ def test_every_room_has_a_floor() -> None:
 
 @pytest.mark.parametrize(("room", "forbidden"), [("modeling", "torch.distributed"), ("ops", "transformers")])
 def test_rooms_do_not_know(room: str, forbidden: str) -> None:
-    bad = [p.name for p in FILES if room_of(p) == room and any(n.startswith(forbidden) for n in imports(ast.parse(p.read_text())))]
+    bad = [
+        p.name
+        for p in FILES
+        if room_of(p) == room and any(n.startswith(forbidden) for n in imports(ast.parse(p.read_text())))
+    ]
     assert not bad
 
 
@@ -118,7 +122,14 @@ def test_start_up_imports_no_torch(code: str) -> None:
 
 @pytest.mark.parametrize("verb", ["train", "data", "tokenizer", "generate", "chat", "eval", "quickstart", "ops"])
 def test_help_of_each_command_imports_no_torch(verb: str) -> None:
-    code = f"import sys\nfrom moai_llm.cli import main\ntry:\n    main(['{verb}', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    code = f"""
+import sys
+from moai_llm.cli import main
+try:
+    main(['{verb}', '--help'])
+except SystemExit:
+    assert 'torch' not in sys.modules
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"moai {verb}" in done.stdout

@@ -86,7 +86,9 @@ def test_dump_and_load_give_the_same_recipe(tmp_path: Path) -> None:
 
 
 def test_overrides() -> None:
-    recipe = recipes.load("moai-3b", ["optim.lr=3e-4", "optim.betas=[0.9, 0.99]", "model.num_hidden_layers=2", "data.train=x"])
+    recipe = recipes.load(
+        "moai-3b", ["optim.lr=3e-4", "optim.betas=[0.9, 0.99]", "model.num_hidden_layers=2", "data.train=x"]
+    )
     assert recipe.optim.lr == 3e-4 and recipe.optim.betas == (0.9, 0.99) and len(recipe.model.layer_types) == 2
 
 
@@ -147,9 +149,10 @@ def test_get_config(tmp_path: Path) -> None:
     assert recipes.get_config(tmp_path).to_dict() == recipes.get_config(tmp_path / "config.json").to_dict()
     old = tmp_path / "mamba_config_2b.json"
     old.write_text(json.dumps({
-        "model_type": "mamba_moai", "vocab_size": 128000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24,
-        "state_size": 16, "conv_kernel_size": 4, "expand_factor": 2, "max_position_embeddings": 32768, "rms_norm_eps": 1e-05,
-        "use_fast_scan": True, "use_checkpoint": True, "quantization_bits": 4, "use_quantization": False,
+        "model_type": "mamba_moai", "vocab_size": 128000, "hidden_size": 2048, "intermediate_size": 5632,
+        "num_hidden_layers": 24, "state_size": 16, "conv_kernel_size": 4, "expand_factor": 2,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-05, "use_fast_scan": True, "use_checkpoint": True,
+        "quantization_bits": 4, "use_quantization": False,
     }))  # fmt: skip
     assert recipes.get_config(old).parameters() == recipes.get_config("moai-mamba-2b").parameters()
     (tmp_path / "other.json").write_text('{"model_type": "llama"}')
@@ -160,8 +163,10 @@ def test_get_config(tmp_path: Path) -> None:
 
 
 def test_the_published_3b_json_is_understood() -> None:
-    published = {"vocab_size": 122100, "hidden_size": 3840, "num_hidden_layers": 28, "num_attention_heads": 28,
-                 "num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 1000000.0, "use_qk_norm": True}  # fmt: skip
+    published = {
+        "vocab_size": 122100, "hidden_size": 3840, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 1000000.0, "use_qk_norm": True,
+    }  # fmt: skip
     config = MoaiConfig(**published, head_dim=128, intermediate_size=5120, tie_word_embeddings=True)
     assert config.parameters() == recipes.load("moai-3b").model.parameters()
     with pytest.raises(ValueError, match="head_dim must be even, got 137"):  # 3840 / 28 is not a head size

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     make_console().print(table)
 
 
-def _cells(found):  # type: ignore[no-untyped-def]
+def _cells(found):
     return (
         f"{found.targets:,}",
         f"{found.bytes:,}",

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     print()
 
 
-def sampling_of(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
+def sampling_of(arguments: argparse.Namespace):
     """The `Sampling` of parsed arguments."""
     from dataclasses import fields
 

@@ -1,8 +1,8 @@
 """From text to a chat model in a few minutes, on a CPU.
 
-Trains a tokenizer, prepares the data, pretrains a small hybrid of attention, Mamba and mixture of experts, fine-tunes it on a small
-multilingual instruction set, evaluates it and asks it three questions. Without --text the text is what every Python brings along:
-the standard library's documentation and source.
+Trains a tokenizer, prepares the data, pretrains a small hybrid of attention, Mamba and mixture of experts, fine-tunes
+it on a small multilingual instruction set, evaluates it and asks it three questions. Without --text the text is what
+every Python brings along: the standard library's documentation and source.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ STAGES = ("tokenizer", "data", "pretrain", "sft", "model")
 QUESTIONS = ("복리가 뭐예요?", "What is inflation?", "日本の首都はどこですか?")
 VALID_SHARE = 20  # every 20th document is held out
 # fine-tuning: the same recipe, short rows, a few dozen passes over a few hundred conversations
-SFT = ("data.seq_len=128", "train.batch_tokens=4096", "train.micro_batch_size=32", "optim.lr=2.0e-3", "schedule.decay=0.5",
-       "eval.every=0", "train.steps=null")  # fmt: skip
+SFT = (
+    "data.seq_len=128", "train.batch_tokens=4096", "train.micro_batch_size=32", "train.steps=null", "optim.lr=2.0e-3",
+    "schedule.decay=0.5", "eval.every=0",
+)  # fmt: skip
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -160,8 +162,8 @@ def _held_out(texts: Iterable[tuple[str, str]], wanted: bool) -> Iterable[tuple[
 
 def _pretraining(out: Path, arguments: argparse.Namespace) -> Recipe:
     return recipes.load("quickstart", [
-        f"data.train={out / 'data' / 'pretrain'}", f"data.valid={out / 'data' / 'valid'}", f"train.out={out / 'pretrain'}",
-        f"train.steps={arguments.steps}",
+        f"data.train={out / 'data' / 'pretrain'}", f"data.valid={out / 'data' / 'valid'}",
+        f"train.out={out / 'pretrain'}", f"train.steps={arguments.steps}",
     ])  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def _train(arguments: argparse.Namespace) -> None:
     console = make_console()
     sample: list[str] = []
 
-    def texts():  # type: ignore[no-untyped-def]
+    def texts():
         for text, _ in read_texts(arguments.sources, arguments.column):
             if len(sample) < 200:
                 sample.append(text[:2000])

@@ -44,11 +44,11 @@ def prepare(
     Raises:
         MoaiError: unreadable sources, no documents, or conversations in which no assistant says anything.
     """
-    paths = [str(path) for path in paths]
+    files = [str(path) for path in paths]
     if kind == "text":
-        return prepare_texts(read_texts(paths, column), tokenizer, out, paths, overwrite=overwrite, progress=progress)
-    conversations = read_conversations(read_records(paths))
-    return prepare_chats(conversations, tokenizer, out, paths, overwrite=overwrite, progress=progress)
+        return prepare_texts(read_texts(files, column), tokenizer, out, files, overwrite=overwrite, progress=progress)
+    conversations = read_conversations(read_records(files))
+    return prepare_chats(conversations, tokenizer, out, files, overwrite=overwrite, progress=progress)
 
 
 def prepare_texts(

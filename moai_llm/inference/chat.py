@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import fields, replace
+from typing import Any
 
 from moai_llm.inference.generate import Sampling, Session, TextModel, stream_text
 from moai_llm.runtime import MoaiError
@@ -95,7 +96,8 @@ class Chat:
         try:
             number = float(value)
             whole = name.strip() in ("max_new_tokens", "top_k", "seed")
-            self.sampling = replace(self.sampling, **{name.strip(): int(number) if whole else number})
+            change: dict[str, Any] = {name.strip(): int(number) if whole else number}
+            self.sampling = replace(self.sampling, **change)
         except ValueError as error:
             return str(error)
         return f"{name.strip()} = {getattr(self.sampling, name.strip())}"

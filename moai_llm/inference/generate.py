@@ -20,6 +20,7 @@ from moai_llm.modeling.model import new_cache
 from moai_llm.runtime import MoaiError, has_fast_bf16, pick_device
 from moai_llm.tokenizer import Tokenizer, load_tokenizer
 
+
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is chosen. temperature 0 is greedy; the filters apply in the order of the fields."""
@@ -95,7 +96,7 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto") -> T
         raise MoaiError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
         )
-    return TextModel(model.to(target).eval(), tokenizer, directory)
+    return TextModel(model.to(target).eval(), tokenizer, directory)  # type: ignore[arg-type]
 
 
 class Session:

@@ -16,8 +16,7 @@ from moai_llm.ops.rotary import apply_rotary
 
 
 class Attention(nn.Module):
-    """Token mixer `full_attention` and `sliding_attention` (arXiv 2305.13245; QK-norm as in Qwen3, arXiv 2505.09388).
-    """
+    """Token mixer `full_attention` and `sliding_attention` (arXiv 2305.13245; QK-norm as in Qwen3, 2505.09388)."""
 
     def __init__(self, config: MoaiConfig, layer_idx: int) -> None:
         super().__init__()

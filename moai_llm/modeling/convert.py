@@ -113,7 +113,7 @@ def from_native(native: transformers.PreTrainedModel) -> MoaiForCausalLM:
         parts = source[name].squeeze(1)[None] if name.endswith("conv1d.weight") else source[name].chunk(len(keys))
         weights.update(zip(keys, parts))
     model.load_state_dict(weights, strict=True)
-    return model.to(native.dtype).train(native.training)
+    return model.to(native.dtype).train(native.training)  # type: ignore[arg-type]
 
 
 SHARED_FIELDS = (

@@ -36,7 +36,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         self.mlp_norm = None if kind == "none" else make_norm(config)
         self.mlp = None if kind == "none" else CHANNEL_MIXERS[kind](config, layer_idx)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x_BLD: Tensor,
         *,
@@ -48,7 +48,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         noise_key: Tensor | None,
     ) -> tuple[Tensor, RouterSums | None]:
         x_BLD = x_BLD + self.mixer(self.mixer_norm(x_BLD), rope=rope, mask=mask, seq_idx=seq_idx, cache=past_key_values)
-        if self.mlp is None:
+        if self.mlp is None or self.mlp_norm is None:
             return x_BLD, None
         y, sums = self.mlp(self.mlp_norm(x_BLD), token_mask=token_mask, noise_key=noise_key)
         return x_BLD + y, sums

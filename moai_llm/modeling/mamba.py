@@ -83,7 +83,7 @@ class Mamba(nn.Module):
         cache: Any = None,
     ) -> Tensor:
         u, z = self.in_proj_x(x_BLD), self.in_proj_z(x_BLD)
-        layer = None if cache is None else cache.layers[self.layer_idx]
+        layer: Any = None if cache is None else cache.layers[self.layer_idx]
         continues = layer is not None and layer.has_previous_state[0]
         past = layer.conv_states[0].transpose(1, 2)[:, 1:] if continues else None
         inputs = u

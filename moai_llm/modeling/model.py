@@ -46,6 +46,7 @@ class MoaiCausalLMOutput(CausalLMOutputWithPast):
 
 
 class MoaiPreTrainedModel(PreTrainedModel):
+    config: MoaiConfig
     config_class = MoaiConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -79,6 +80,9 @@ class MoaiModel(MoaiPreTrainedModel):
         rope_length: how long the sequences will become, for RoPE rules that depend on it; this forward's own end when
             None.
     """
+
+    expert_counts: Tensor
+    noise_step: Tensor
 
     def __init__(self, config: MoaiConfig) -> None:
         super().__init__(config)
@@ -129,10 +133,10 @@ class MoaiModel(MoaiPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past = _past_length(past_key_values)
         length = past + x.shape[1]
-        given = (
-            attention_mask if isinstance(attention_mask, dict) else None
-        )  # generate() with a static cache makes them
-        padded = _without_full_mask(attention_mask if given is None else given.get("linear_attention"))
+        given: dict[str, Any] = {}
+        if isinstance(attention_mask, dict):  # made by generate() for a static cache
+            given, attention_mask = attention_mask, attention_mask.get("linear_attention")
+        padded = _without_full_mask(attention_mask)
         if seq_idx is None and past == 0 and position_ids is not None and padded is None:
             seq_idx = _documents(position_ids)
         if seq_idx is not None and past_key_values is not None:
@@ -158,7 +162,7 @@ class MoaiModel(MoaiPreTrainedModel):
             if seq_idx is None:
                 seq_idx = last.to(torch.int32)  # padding is another document: no state flows out of it
         every, router = [], []
-        for layer, kind in zip(self.layers, self.config.layer_types):
+        for layer, kind in zip(self.layers, self.config.layer_types or ()):
             every.append(x)
             x, sums = layer(
                 x,
@@ -205,7 +209,7 @@ class MoaiModel(MoaiPreTrainedModel):
             "past_key_values": cache,
             "position_ids": position_ids,
         }
-        kinds = [kind for kind in MASKS if kind in self.config.layer_types]
+        kinds = [kind for kind in MASKS if kind in (self.config.layer_types or ())]
         return {kind: MASKS[kind](**arguments) for kind in kinds}
 
 
@@ -288,7 +292,9 @@ class MoaiForCausalLM(MoaiPreTrainedModel, GenerationMixin):
         )
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
-        """States alone need a cache of ours; RoPE rules that depend on the final length must know it before the first token."""
+        """States alone need a cache of ours; RoPE rules that depend on the final length must know it before the first
+        token.
+        """
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             cache = new_cache(self.config)
             if isinstance(cache, StateCache):
@@ -297,7 +303,7 @@ class MoaiForCausalLM(MoaiPreTrainedModel, GenerationMixin):
         rope = self.config.rope_parameters
         if rope is not None and rope["rope_type"] in BY_LENGTH:
             model_kwargs.setdefault("rope_length", generation_config.max_length)
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)  # type: ignore[misc]
 
 
 def router_loss(

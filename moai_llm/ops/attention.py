@@ -100,7 +100,9 @@ def attention_split(
     rows = []
     for b, borders in enumerate(document_borders(seq_idx, q.shape[0], q.shape[2])):
         pieces = [
-            _windowed(*(t[b : b + 1, :, start:stop] for t in (q, k, v)), window, scale)
+            _windowed(
+                q[b : b + 1, :, start:stop], k[b : b + 1, :, start:stop], v[b : b + 1, :, start:stop], window, scale
+            )
             for start, stop in zip(borders, borders[1:])
         ]
         rows.append(torch.cat(pieces, 2))

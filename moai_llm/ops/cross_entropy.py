@@ -157,7 +157,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(hidden, weight, targets, objective, ignore_index, chunk_rows, grad_hidden, grad_weight):  # type: ignore[no-untyped-def]
+def _(hidden, weight, targets, objective, ignore_index, chunk_rows, grad_hidden, grad_weight):
     return (
         hidden.new_empty(2, dtype=torch.promote_types(hidden.dtype, torch.float32)),
         torch.empty_like(hidden) if grad_hidden else hidden.new_empty(0),
@@ -165,12 +165,12 @@ def _(hidden, weight, targets, objective, ignore_index, chunk_rows, grad_hidden,
     )
 
 
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _save(ctx, inputs, output):
     ctx.wants = inputs[6:8]
     ctx.save_for_backward(*output[1:])
 
 
-def _gradients(ctx, grad_sums, *_):  # type: ignore[no-untyped-def]
+def _gradients(ctx, grad_sums, *_):
     scale = grad_sums[0]
     grads = [t * scale.to(t.dtype) if wanted else None for t, wanted in zip(ctx.saved_tensors, ctx.wants)]
     return (*grads, *[None] * 6)
@@ -183,7 +183,7 @@ class _ChunkedFromLogits(torch.autograd.Function):
     """The same losses from logits that exist already: the gradient is made chunk by chunk, in the logits' own dtype."""
 
     @staticmethod
-    def forward(ctx, logits, targets, objective, ignore_index, chunk_rows):  # type: ignore[no-untyped-def]
+    def forward(ctx, logits, targets, objective, ignore_index, chunk_rows):
         loss_dtype = torch.promote_types(logits.dtype, torch.float32)
         sums = torch.zeros(2, dtype=loss_dtype, device=logits.device)
         gradient = torch.zeros_like(logits) if logits.requires_grad else None
@@ -198,7 +198,7 @@ class _ChunkedFromLogits(torch.autograd.Function):
         return sums
 
     @staticmethod
-    def backward(ctx, grad_sums):  # type: ignore[no-untyped-def]
+    def backward(ctx, grad_sums):
         (gradient,) = ctx.saved_tensors
         return gradient * grad_sums[0].to(gradient.dtype), None, None, None, None
 

@@ -93,10 +93,10 @@ def experts_forward(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, a
     return _experts(x, ids, weights, experts, act)
 
 
-def expert(x: Tensor, up: Tensor, down: Tensor, up_bias: Any, down_bias: Any, gated: bool, act: Activation) -> Tensor:
-    """One expert on (R, d)."""
-    h = F.linear(x, up, up_bias)
-    return F.linear(_activate(h, gated, act), down, down_bias)
+def expert(x: Tensor, weights: tuple[Any, ...], gated: bool, act: Activation) -> Tensor:
+    """One expert on (R, d); its weights are up, down and their biases or None."""
+    up, down, up_bias, down_bias = weights
+    return F.linear(_activate(F.linear(x, up, up_bias), gated, act), down, down_bias)
 
 
 def _activate(h: Tensor, gated: bool, act: Activation) -> Tensor:
@@ -120,7 +120,7 @@ def experts_reference(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts,
     y = torch.zeros_like(x)
     for e, tensors in enumerate(_unbind(experts)):
         weight = (weights * (ids == e)).sum(-1, keepdim=True)
-        y = y + (weight * expert(x, *tensors, experts.gated, act)).to(x.dtype)
+        y = y + (weight * expert(x, tensors, experts.gated, act)).to(x.dtype)
     return y
 
 
@@ -131,7 +131,7 @@ def experts_per_slot(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, 
     rows = []
     for token, chosen, weight in zip(x.unbind(0), ids.tolist(), weights.unbind(0)):
         parts = [
-            w * expert(token, *(None if t is None else t[e] for t in experts[:4]), experts.gated, act)  # type: ignore[arg-type]
+            w * expert(token, tuple(None if t is None else t[e] for t in experts[:4]), experts.gated, act)
             for e, w in zip(chosen, weight.unbind(0))
         ]
         rows.append(torch.stack(parts).sum(0).to(x.dtype))
@@ -188,7 +188,7 @@ def experts_loop(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, act:
     def run(rows: Tensor, expert_of_row: Tensor, ends: Tensor) -> Tensor:
         stops = ends.tolist()
         pieces = zip([0, *stops], stops, _unbind(experts))
-        return torch.cat([expert(rows[a:b], *tensors, experts.gated, act) for a, b, tensors in pieces])
+        return torch.cat([expert(rows[a:b], tensors, experts.gated, act) for a, b, tensors in pieces])
 
     return _sorted(x, ids, weights, run, experts.up.shape[0])
 
@@ -202,7 +202,7 @@ def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
 
 @grouped_mm.register_fake
-def _(rows, weight, ends):  # type: ignore[no-untyped-def]
+def _(rows, weight, ends):
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
@@ -213,15 +213,15 @@ def _grouped_mm_backward(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tenso
 
 
 @_grouped_mm_backward.register_fake
-def _(grad, rows, weight, ends):  # type: ignore[no-untyped-def]
+def _(grad, rows, weight, ends):
     return torch.empty_like(rows), torch.empty_like(weight)
 
 
-def _grouped_mm_save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+def _grouped_mm_save(ctx, inputs, output):
     ctx.save_for_backward(*inputs)
 
 
-def _grouped_mm_gradients(ctx, grad):  # type: ignore[no-untyped-def]
+def _grouped_mm_gradients(ctx, grad):
     return (*_grouped_mm_backward(grad, *ctx.saved_tensors), None)
 
 

@@ -114,12 +114,8 @@ def _self_check() -> None:
     """A kernel that the compiler got wrong must not train a model: compare it on a small odd problem."""
 
     def compare(dtype: torch.dtype, tolerance: float) -> None:
-        b, l, d, n = (
-            2,
-            _CHUNK + 3,
-            19,
-            13,
-        )  # a second chunk, channels that fill no vector, states in groups of 8, 4 and 1
+        # a second chunk, channels that fill no vector, states in groups of 8, 4 and 1
+        b, l, d, n = 2, _CHUNK + 3, 19, 13
         generator = torch.Generator().manual_seed(0)
 
         def random(*shape: int) -> Tensor:

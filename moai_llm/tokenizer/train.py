@@ -71,14 +71,14 @@ def train_tokenizer(
 def build_tokenizer(tokens: Sequence[bytes], special_tokens: Sequence[str] = SPECIAL_TOKENS) -> Tokenizer:
     """A tokenizer from tokens in rank order (the 256 bytes first) and special tokens behind them."""
     names = ["".join(CHARACTER_OF[byte] for byte in token) for token in tokens]
-    merges = [tuple(names_of) for names_of in _merge_names(tokens)]
+    merges = list(_merge_names(tokens))
     model = models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=merges)
     backend = tokenizers.Tokenizer(model)
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
-    backend.pre_tokenizer = pre_tokenizers.Sequence(  # type: ignore[assignment]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special_tokens])
     roles = {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": PAD}
     roles = {role: token for role, token in roles.items() if token in special_tokens}
@@ -86,7 +86,7 @@ def build_tokenizer(tokens: Sequence[bytes], special_tokens: Sequence[str] = SPE
     return Tokenizer(backend, roles, CHATML_JINJA if chats else None)
 
 
-def _merge_names(tokens: Sequence[bytes]) -> Iterator[list[str]]:
+def _merge_names(tokens: Sequence[bytes]) -> Iterator[tuple[str, str]]:
     """The two parts each merge joined: what the earlier merges leave of its bytes."""
     ranks = {token: i for i, token in enumerate(tokens)}
     for rank, token in enumerate(tokens):
@@ -94,7 +94,8 @@ def _merge_names(tokens: Sequence[bytes]) -> Iterator[list[str]]:
             continue
         parts = apply_merges(token, ranks, rank)
         assert len(parts) == 2, f"token {token!r} is not one merge of earlier tokens"
-        yield ["".join(CHARACTER_OF[byte] for byte in part) for part in parts]
+        left, right = ("".join(CHARACTER_OF[byte] for byte in part) for part in parts)
+        yield left, right
 
 
 def apply_merges(text: bytes, ranks: dict[bytes, int], below: int) -> list[bytes]:

@@ -48,7 +48,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> M
             f"data.seq_len {recipe.data.seq_len} is more than the {model.config.max_position_embeddings} learned "
             "positions of this model: lower data.seq_len or raise model.max_position_embeddings"
         )
-    model.to(device=device, dtype=torch.float32)
+    model.to(device=device, dtype=torch.float32)  # type: ignore[call-arg]
     if recipe.train.activation_checkpointing:
         # transformers renamed the method; both turn on `GradientCheckpointingLayer`
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)

@@ -186,10 +186,10 @@ def _sync(directory: Path) -> None:
 
 def _rng_state() -> dict[str, Any]:
     python = random.getstate()
-    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
         "python": [python[0], list(python[1]), python[2]],
-        "numpy": [kind, [int(k) for k in keys], int(position), int(has_gauss), float(gauss)],  # type: ignore[union-attr]
+        "numpy": [kind, [int(k) for k in keys], int(position), int(has_gauss), float(gauss)],
         "torch": _bytes_to_text(torch.get_rng_state()),
     }
     if torch.cuda.is_available():

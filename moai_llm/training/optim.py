@@ -16,7 +16,8 @@ NO_DECAY = ("A_log", "D", "dt_bias")
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices decay; norms, biases and the state space's recurrence do not. Each parameter once."""
-    decaying, still = [], []
+    decaying: list[nn.Parameter] = []
+    still: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.dim() >= 2 and name.rsplit(".", 1)[-1] not in NO_DECAY and not name.endswith("bias")

@@ -59,10 +59,28 @@ def test_from_text_to_chat(moai: Moai, tmp_path: Path, text_file: Path, monkeypa
     assert "chat" in info and "damage" in info and "none" in info
     assert "<|im_start|>assistant" in moai("data", "show", talk, 0, "--seq-len", 64)
     small = ["data.seq_len=64", "train.batch_tokens=512", "train.device=cpu", "optim.lr=1e-2", "log.every=20"]
-    output = moai("train", "moai-3b-tiny", f"data.train={text}", f"data.valid={text}", "train.steps=20", f"train.out={base}", *small)
+    output = moai(
+        "train",
+        "moai-3b-tiny",
+        f"data.train={text}",
+        f"data.valid={text}",
+        "train.steps=20",
+        f"train.out={base}",
+        *small,
+    )
     assert "train 20/20  loss" in output and "bits_per_byte" in output
-    moai("train", "moai-3b-tiny", f"data.train={talk}", f"train.init_from={base}", "train.steps=60", f"train.out={tuned}", *small)
-    assert moai("generate", base, "--prompt", "Document", "--max-new-tokens", 5, "--temperature", 0).startswith("Document")
+    moai(
+        "train",
+        "moai-3b-tiny",
+        f"data.train={talk}",
+        f"train.init_from={base}",
+        "train.steps=60",
+        f"train.out={tuned}",
+        *small,
+    )
+    assert moai("generate", base, "--prompt", "Document", "--max-new-tokens", 5, "--temperature", 0).startswith(
+        "Document"
+    )
     monkeypatch.setattr("sys.stdin", io.StringIO("question 1\n"))
     assert "answer" in moai("chat", tuned, "--temperature", 0, "--max-new-tokens", 12)
     assert str(text_file) in moai("eval", "perplexity", base, text_file)

@@ -30,7 +30,9 @@ def test_every_token_is_in_exactly_one_row(lengths: list[int], capacity: int) ->
 def test_it_is_deterministic_and_nearly_full() -> None:
     lengths = np.minimum(np.random.default_rng(0).lognormal(5, 1.3, 20_000).astype(int) + 1, 50_000)
     first, second = pack_best_fit(lengths, 2048), pack_best_fit(lengths, 2048)
-    assert all(np.array_equal(getattr(first, n), getattr(second, n)) for n in ("row_starts", "document", "start", "length"))
+    assert all(
+        np.array_equal(getattr(first, n), getattr(second, n)) for n in ("row_starts", "document", "start", "length")
+    )
     assert first.efficiency > 0.999
     row, used = 1, 0  # control: next fit, in the order of the documents
     for length in np.concatenate([np.full(n // 2048, 2048).tolist() + [n % 2048] for n in lengths]):

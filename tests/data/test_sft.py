@@ -31,7 +31,10 @@ def test_shapes(name: str) -> None:
 
 
 def test_details() -> None:
-    columns = {"system": "s", "conversations": [{"from": "human", "value": "q"}, {"from": "observation", "value": None}]}
+    columns = {
+        "system": "s",
+        "conversations": [{"from": "human", "value": "q"}, {"from": "observation", "value": None}],
+    }
     ((messages, _),) = read_conversations([Record(columns, "")])
     assert [m["role"] for m in messages] == ["system", "user", "tool"] and messages[2]["content"] == ""
     ((messages, _),) = read_conversations([Record({"instruction": "q", "input": "more", "output": "a"}, "")])
@@ -39,7 +42,9 @@ def test_details() -> None:
 
 
 def test_unknown_shape() -> None:
-    with pytest.raises(MoaiError, match=r"a.jsonl:3: not a conversation; it has text. Known shapes: messages; conversations"):
+    with pytest.raises(
+        MoaiError, match=r"a.jsonl:3: not a conversation; it has text. Known shapes: messages; conversations"
+    ):
         list(read_conversations([Record({"text": "x"}, "a.jsonl:3")]))
 
 

@@ -11,7 +11,7 @@ from moai_llm.data.sources import list_files, read_records, read_texts
 from moai_llm.runtime import MoaiError
 from tests.conftest import shared_data
 
-TEXTS = ["first 첫째", "second, \"quoted\"\nline", "셋째"]
+TEXTS = ["first 첫째", 'second, "quoted"\nline', "셋째"]
 
 
 def write(folder: Path, name: str) -> Path:
@@ -79,7 +79,7 @@ BROKEN = {
     "latin.txt": ("café".encode("latin-1"), r"not UTF-8 \(byte 3: 0xe9\); convert it"),
     "latin.csv": ("text\ncaf\xe9\n".encode("latin-1"), "not UTF-8"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"broken.jsonl:2 is not JSON"),
-    "list.jsonl": (b'[1, 2]\n', r"list.jsonl:1 is list, expected an object"),
+    "list.jsonl": (b"[1, 2]\n", r"list.jsonl:1 is list, expected an object"),
     "bytes.jsonl": (b'{"text": "\xff"}\n', r"bytes.jsonl:1 is not JSON"),
     "broken.json": (b'[{"text": "a"},', "broken.json is not JSON"),
     "scalars.json": (b"[1]", r"scalars.json: item 1 is int"),

@@ -64,7 +64,11 @@ def test_prepare_conversations(tmp_path: Path, tokenizer: Tokenizer) -> None:
     [
         ('{"text": " "}\n', "text", "no document had any token"),
         ('{"Q": "a", "A": ""}\n', "chat", "none of the 1 conversations has an assistant turn"),
-        ('{"messages": [{"role": "robot", "content": "x"}, {"role": "assistant", "content": "y"}]}\n', "chat", r"a.jsonl:1: message 0"),
+        (
+            '{"messages": [{"role": "robot", "content": "x"}, {"role": "assistant", "content": "y"}]}\n',
+            "chat",
+            r"a.jsonl:1: message 0",
+        ),
         ('{"text": "x"}\n', "chat", "not a conversation"),
     ],
 )

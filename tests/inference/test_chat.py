@@ -70,11 +70,13 @@ def test_piped_input(chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\n/set temperature=0\nagain\n/exit\nnever\n"))
     run_terminal(chat)
     output = capsys.readouterr().out
-    assert "temperature = 0.0" in output and ">" not in output.split("\n")[0]
+    assert "temperature = 0.0" in output and not output.startswith(("\n> ", "here"))
     assert [m["content"] for m in chat.messages if m["role"] == "user"] == ["hello", "again"]
 
 
-def test_ctrl_c_stops_the_answer_only(chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_stops_the_answer_only(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def interrupted(session, prompt, sampling):  # type: ignore[no-untyped-def]
         yield "part"
         raise KeyboardInterrupt

@@ -1,4 +1,6 @@
-"""Generation: greedy equals the uncached model, sampling filters, sessions that go on, text that is never half a character."""
+"""Generation: greedy equals the uncached model, sampling filters, sessions that go on, text that is never half a
+character.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from moai_llm.inference.generate import Sampling, Session, TextModel, TextStream, choose, load_model, resolve_model, sample_text
+from moai_llm.inference.generate import (
+    Sampling,
+    Session,
+    TextModel,
+    TextStream,
+    choose,
+    load_model,
+    resolve_model,
+    sample_text,
+)
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 from tests.conftest import tiny_model
@@ -26,7 +37,9 @@ def uncached(text_model: TextModel, prompt: list[int], count: int) -> list[int]:
     ids = list(prompt)
     for _ in range(count):
         with torch.no_grad():
-            logits = text_model.model(torch.tensor([ids]), use_cache=False).logits[0, -1, : text_model.tokenizer.vocab_size]
+            logits = text_model.model(torch.tensor([ids]), use_cache=False).logits[
+                0, -1, : text_model.tokenizer.vocab_size
+            ]
         token = int(logits.argmax())
         if token in text_model.tokenizer.stop_ids:
             break
@@ -43,12 +56,12 @@ def test_a_session_goes_on_where_it_stopped(text_model: TextModel) -> None:
     session, prompt = Session(text_model), text_model.tokenizer.encode("The quick brown")
     calls = []
     forward = text_model.model.forward
-    text_model.model.forward = lambda *a, **k: (calls.append(k["input_ids"].shape[1]), forward(*a, **k))[1]
+    text_model.model.forward = lambda *a, **k: (calls.append(a[0] if a else k["input_ids"]), forward(*a, **k))[1]
     first = list(session.stream(prompt, GREEDY))
     longer = [*prompt, *first, *text_model.tokenizer.encode(" fox jumps")]
     calls.clear()
     second = list(session.stream(longer, GREEDY))
-    assert calls[0] <= len(longer) - len(prompt) - len(first) + 1  # only what is new was computed
+    assert calls[0].shape[1] <= len(longer) - len(prompt) - len(first) + 1  # only what is new was computed
     assert second == uncached(text_model, longer, 12)
     other = text_model.tokenizer.encode("completely different")  # not a continuation: begins again
     assert list(session.stream(other, GREEDY)) == uncached(text_model, other, 12)
@@ -63,6 +76,7 @@ def test_sampling_is_reproducible(text_model: TextModel) -> None:
 def test_stop_tokens_end_the_answer(text_model: TextModel) -> None:
     tokenizer, prompt = text_model.tokenizer, text_model.tokenizer.encode("Interest")
     for stop in tokenizer.stop_ids:
+
         def forward(stop: int = stop, **arguments: object):  # type: ignore[no-untyped-def]
             logits = torch.zeros(1, 1, 512)
             logits[..., stop] = 9
@@ -87,7 +101,15 @@ def test_filters() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_new_tokens": 0}, {"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}, {"repetition_penalty": 0}]
+    "wrong",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.1},
+        {"top_k": -1},
+        {"repetition_penalty": 0},
+    ],
 )
 def test_wrong_sampling(wrong: dict) -> None:
     with pytest.raises(MoaiError, match=f"{next(iter(wrong))} = .* is out of range"):

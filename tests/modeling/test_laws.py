@@ -1,14 +1,15 @@
 """Laws every pair of bricks obeys, in fp64, each with a control that must fail.
 
-Causality: changing a token never changes logits before it. Cached == uncached. Packed == separate. Left padding changes nothing.
+Causality: changing a token never changes logits before it. Cached == uncached. Packed == separate. Left padding
+changes nothing.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from moai_llm.modeling.model import new_cache
 
+from moai_llm.modeling.model import new_cache
 from tests.conftest import PAIRS, tiny_config, tiny_model
 
 TOLERANCE = 1e-9  # fp64: a law holds to about 1e-13, a broken one is off by more than 1e-3
@@ -111,7 +112,9 @@ def test_laws_without_rope(kind: str) -> None:
     model, ids = tiny_model(position_embedding=kind), tokens(2, 18)
     whole, cache = logits(model, ids), new_cache(model.config)
     with torch.no_grad():
-        pieces = [model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 5), (5, 6), (6, 18))]
+        pieces = [
+            model(ids[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 5), (5, 6), (6, 18))
+        ]
     assert (torch.cat(pieces, 1) - whole).abs().max() < TOLERANCE
     if kind == "learned":
         with pytest.raises(ValueError, match="128 learned positions"):

@@ -1,4 +1,6 @@
-"""Our models against the transformers classes they can become: same logits, both directions, in fp32 on random weights."""
+"""Our models against the transformers classes they can become: same logits, both directions, in fp32 on random
+weights.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,9 @@ def test_what_has_no_native_class_is_refused_with_reasons() -> None:
     with pytest.raises(ValueError, match="jamba: its attention has no positions"):
         to_native(tiny_model(layer_types=["linear_attention", "full_attention"]), "jamba")
     with pytest.raises(ValueError, match="LlamaForCausalLM cannot be imported"):
-        from_native(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **HEADS, head_dim=16, intermediate_size=32)))
+        from_native(
+            transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **HEADS, head_dim=16, intermediate_size=32))
+        )
 
 
 def test_which_presets_leave_natively() -> None:

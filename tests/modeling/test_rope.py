@@ -48,7 +48,13 @@ def test_ntk_is_a_larger_base() -> None:
 def test_the_documents_yarn_keys_are_translated() -> None:
     c = tiny_config(
         max_position_embeddings=131072,
-        rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "alpha": 2.0, "beta": 30.0},
+        rope_scaling={
+            "type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 32768,
+            "alpha": 2.0,
+            "beta": 30.0,
+        },
     )
     assert c.rope_parameters["rope_type"] == "yarn"
     assert c.rope_parameters["beta_slow"] == 2.0 and c.rope_parameters["beta_fast"] == 30.0
@@ -96,11 +102,15 @@ def test_partial_rotation_leaves_the_rest() -> None:
 @torch.no_grad()
 def test_cached_equals_uncached_past_the_original_length(rule: str) -> None:
     torch.manual_seed(0)
-    model = tiny_model(rope_parameters={**RULES[rule], "rope_theta": 1e4}, max_position_embeddings=config(rule).max_position_embeddings)
+    model = tiny_model(
+        rope_parameters={**RULES[rule], "rope_theta": 1e4}, max_position_embeddings=config(rule).max_position_embeddings
+    )
     ids = torch.randint(1, 61, (1, 40))
     whole = model(ids, use_cache=False, rope_length=40).logits
     cache = DynamicCache(config=model.config)
-    pieces = [model(ids[:, i : i + 8], past_key_values=cache, use_cache=True, rope_length=40).logits for i in range(0, 40, 8)]
+    pieces = [
+        model(ids[:, i : i + 8], past_key_values=cache, use_cache=True, rope_length=40).logits for i in range(0, 40, 8)
+    ]
     assert (torch.cat(pieces, 1) - whole).abs().max() < 1e-9
     cache = DynamicCache(config=model.config)  # control: choosing anew at every call
     pieces = [model(ids[:, i : i + 8], past_key_values=cache, use_cache=True).logits for i in range(0, 40, 8)]

@@ -1,4 +1,4 @@
-"""Every attention implementation against the written-out one: outputs and gradients, odd sizes, windows, packed rows."""
+"""Every attention implementation against the written-out one: outputs and gradients, odd sizes, windows, packing."""
 
 from __future__ import annotations
 

@@ -16,7 +16,12 @@ def run(name: str, dtype: torch.dtype, kernel: int, packed: bool, state: bool, b
     torch.manual_seed(0)
     shapes = {"x": (2, length, 5), "weight": (5, kernel), "bias": (5,), "state": (2, kernel - 1, 5)}
     tensors = {key: torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_() for key, shape in shapes.items()}
-    wanted = [tensors["x"], tensors["weight"], *([tensors["bias"]] if bias else []), *([tensors["state"]] if state else [])]
+    wanted = [
+        tensors["x"],
+        tensors["weight"],
+        *([tensors["bias"]] if bias else []),
+        *([tensors["state"]] if state else []),
+    ]
     with use(causal_conv1d=name):
         y = causal_conv1d(
             tensors["x"], tensors["weight"], tensors["bias"] if bias else None,

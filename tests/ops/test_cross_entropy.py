@@ -107,7 +107,9 @@ def test_only_wanted_gradients_are_made() -> None:
 def test_it_traces_without_a_graph_break() -> None:
     hidden, weight, targets = problem(torch.float32)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda h, w: linear_cross_entropy(h, w, targets).objective, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda h, w: linear_cross_entropy(h, w, targets).objective, fullgraph=True, backend="aot_eager"
+    )
     ours = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
     right = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets).objective, (hidden, weight))
     assert all(torch.allclose(a, b) for a, b in zip(ours, right))
@@ -160,7 +162,9 @@ def test_wrong_shapes() -> None:
 
 
 def test_a_uniform_model_loses_ln_v() -> None:
-    assert math.isclose(float(chunked_cross_entropy_loss(torch.zeros(5, 77), torch.arange(5))), math.log(77), rel_tol=1e-6)
+    assert math.isclose(
+        float(chunked_cross_entropy_loss(torch.zeros(5, 77), torch.arange(5))), math.log(77), rel_tol=1e-6
+    )
 
 
 def test_shift() -> None:

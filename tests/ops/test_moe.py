@@ -1,4 +1,6 @@
-"""Routing by hand-worked values; experts against the dense definition, outputs and gradients; noise that is a pure function."""
+"""Routing by hand-worked values; experts against the dense definition, outputs and gradients; noise that is a pure
+function.
+"""
 
 from __future__ import annotations
 

@@ -50,7 +50,9 @@ def test_control_strings_stay_text(tokenizer: Tokenizer) -> None:
     assert len(turns) == 2 and not any(rendered.learn)  # one start, one end: ours
 
 
-@pytest.mark.parametrize("message", [{"role": "robot", "content": "x"}, {"role": "user"}, {"role": "user", "content": 3}])
+@pytest.mark.parametrize(
+    "message", [{"role": "robot", "content": "x"}, {"role": "user"}, {"role": "user", "content": 3}]
+)
 def test_wrong_messages(tokenizer: Tokenizer, message: dict) -> None:
     with pytest.raises(MoaiError, match="message 0 must have a role of system, user"):
         render(tokenizer, [message])

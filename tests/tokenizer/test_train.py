@@ -13,12 +13,29 @@ from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.train import SPECIAL_TOKENS, apply_merges, train_tokenizer
 from tests.conftest import shared_data
 
-HARD = ["", " ", "\n\n\n", "\x00\x01\x7f", "e\u0301 é", "👩‍👩‍👧‍👦🇰🇷", "ᄀ\u1161각", "  \t def f():\r\n", "1234567", "ﷺ", "\ufeffbom", "a" * 5000]
+HARD = [
+    "",
+    " ",
+    "\n\n\n",
+    "\x00\x01\x7f",
+    "e\u0301 é",
+    "👩‍👩‍👧‍👦🇰🇷",
+    "ᄀ\u1161각",
+    "  \t def f():\r\n",
+    "1234567",
+    "ﷺ",
+    "\ufeffbom",
+    "a" * 5000,
+]
 
 
 def test_layout(tokenizer: Tokenizer) -> None:
-    assert tokenizer.token_bytes(65) == b"A" and [tokenizer.token_bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
-    assert sorted(tokenizer.special_ids.values()) == list(range(tokenizer.vocab_size - len(SPECIAL_TOKENS), tokenizer.vocab_size))
+    assert tokenizer.token_bytes(65) == b"A" and [tokenizer.token_bytes(i) for i in range(256)] == [
+        bytes([i]) for i in range(256)
+    ]
+    assert sorted(tokenizer.special_ids.values()) == list(
+        range(tokenizer.vocab_size - len(SPECIAL_TOKENS), tokenizer.vocab_size)
+    )
     assert tokenizer.pad_id != tokenizer.eos_id
     assert tokenizer.padded_vocab_size % 128 == 0 and 0 <= tokenizer.padded_vocab_size - tokenizer.vocab_size < 128
     assert tokenizer.token_bytes(tokenizer.vocab_size) == b""

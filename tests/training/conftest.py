@@ -27,9 +27,9 @@ def make_recipe(tmp_path: Path, store: Path) -> MakeRecipe:
 
     def make(*overrides: str, name: str = "moai-hybrid-moe-0.8b-tiny", out: str = "run") -> Recipe:
         return recipes.load(name, [
-            f"data.train={store}", f"train.out={tmp_path / out}", "data.seq_len=32", "train.steps=8", "train.batch_tokens=128",
-            "train.micro_batch_size=2", "train.precision=fp32", "train.device=cpu", "checkpoint.every=3", "log.every=1",
-            *overrides,
+            f"data.train={store}", f"train.out={tmp_path / out}", "data.seq_len=32", "train.steps=8",
+            "train.batch_tokens=128", "train.micro_batch_size=2", "train.precision=fp32", "train.device=cpu",
+            "checkpoint.every=3", "log.every=1", *overrides,
         ])  # fmt: skip
 
     return make

@@ -85,7 +85,9 @@ def test_a_disk_that_fills_up_while_saving(make_recipe: MakeRecipe, limit: int) 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(MoaiError, match=r"cannot write checkpoint .*Nothing was lost: the last good checkpoint is .*step-00000003"):
+        with pytest.raises(
+            MoaiError, match=r"cannot write checkpoint .*Nothing was lost: the last good checkpoint is .*step-00000003"
+        ):
             train(make_recipe("train.steps=6"), resume=True, quiet=True)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

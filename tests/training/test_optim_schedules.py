@@ -23,7 +23,9 @@ def test_every_parameter_is_in_one_group_and_the_right_one() -> None:
     assert sorted(found) == sorted(names.values()) and len(set(found)) == len(found)
     kept = {names[id(p)].rsplit(".", 1)[-1] for p in still["params"]}
     assert {"A_log", "D", "dt_bias", "conv_bias", "up_bias", "down_bias"} <= kept
-    assert all(p.dim() >= 2 for p in decaying["params"]) and decaying["weight_decay"] == 0.1 and still["weight_decay"] == 0
+    assert (
+        all(p.dim() >= 2 for p in decaying["params"]) and decaying["weight_decay"] == 0.1 and still["weight_decay"] == 0
+    )
 
 
 def lrs(total: int = 100, **config) -> list[float]:  # type: ignore[no-untyped-def]

@@ -65,7 +65,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit(make_recipe: MakeRecipe, name:
 
 def test_a_run_learns_logs_and_keeps_checkpoints(make_recipe: MakeRecipe, store: Path) -> None:
     recipe = make_recipe(
-        "train.steps=30", "optim.lr=1e-2", f"data.valid={store}", "eval.every=10", "eval.prompts=[Document]", "eval.prompt_tokens=4"
+        "train.steps=30",
+        "optim.lr=1e-2",
+        f"data.valid={store}",
+        "eval.every=10",
+        "eval.prompts=[Document]",
+        "eval.prompt_tokens=4",
     )
     last = train(recipe, hooks=make_hooks(recipe), quiet=True)
     out = Path(recipe.train.out)
@@ -152,14 +157,21 @@ def test_lengths(make_recipe: MakeRecipe) -> None:
     from moai_llm.training.loop import total_steps
 
     loader = Loader(Store(make_recipe().data.train), 32)
-    for overrides, expected in ((["train.tokens=1280"], 10), (["train.epochs=2"], round(len(loader) * 2 / 4)), (["train.steps=7"], 7)):
+    for overrides, expected in (
+        (["train.tokens=1280"], 10),
+        (["train.epochs=2"], round(len(loader) * 2 / 4)),
+        (["train.steps=7"], 7),
+    ):
         recipe = make_recipe("train.steps=null", *overrides)
         assert total_steps(recipe, loader, rows=4) == expected
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_recipe: MakeRecipe) -> None:
     with pytest.raises(MoaiError, match=r"the loss is nan at step \d+ \(the last checkpoint is step .*lower optim.lr"):
-        train(make_recipe("optim.lr=1e30", "checkpoint.every=1", "schedule.warmup=0", "train.max_grad_norm=1e30"), quiet=True)
+        train(
+            make_recipe("optim.lr=1e30", "checkpoint.every=1", "schedule.warmup=0", "train.max_grad_norm=1e30"),
+            quiet=True,
+        )
 
 
 def test_activation_checkpointing_and_compile_change_nothing(make_recipe: MakeRecipe) -> None:
@@ -183,8 +195,8 @@ def test_sigterm_saves_and_leaves_cleanly(make_recipe: MakeRecipe, tmp_path: Pat
     file = tmp_path / "recipe.yaml"
     file.write_text(recipes.dump(recipe))
     process = subprocess.Popen(
-        [sys.executable, "-m", "moai_llm", "train", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        [sys.executable, "-m", "moai_llm", "train", str(file)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"},
     )  # fmt: skip
     log = Path(recipe.train.out) / "metrics.jsonl"
     for _ in range(600):

@@ -90,7 +90,9 @@ def test_a_batch_without_targets() -> None:
     nothing = {"input_ids": torch.zeros(2, 5, dtype=torch.long), "labels": torch.full((2, 5), -100)}
     model = tiny_model()
     with pytest.raises(MoaiError, match="without a single token to learn"):
-        train_step(model, make_optimizer(model, OptimConfig()), make_precision("fp32", CPU), [nothing], lr=1, max_grad_norm=1)
+        train_step(
+            model, make_optimizer(model, OptimConfig()), make_precision("fp32", CPU), [nothing], lr=1, max_grad_norm=1
+        )
 
 
 def test_bf16_is_close_to_fp32() -> None:
@@ -98,7 +100,9 @@ def test_bf16_is_close_to_fp32() -> None:
     for name in ("fp32", "bf16"):
         model = tiny_model("linear_attention", "sparse").float()
         optimizer, precision = make_optimizer(model, OptimConfig()), make_precision(name, CPU)
-        losses.append(train_step(model.train(), optimizer, precision, [batch()], lr=1e-3, max_grad_norm=1).cross_entropy)
+        losses.append(
+            train_step(model.train(), optimizer, precision, [batch()], lr=1e-3, max_grad_norm=1).cross_entropy
+        )
         assert all(p.dtype == torch.float32 for p in model.parameters())
     assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.05
 

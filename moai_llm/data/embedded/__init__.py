@@ -1,7 +1,7 @@
 """Text that every machine with Python already has, and the instruction set that ships with this package.
 
-The text is the standard library's own: the language reference behind `help()`, the docstrings of its modules, and their source. The
-instructions (ko, en, ja, zh; finance and everyday questions) were written for this project.
+The text is the standard library's own: the language reference behind `help()`, the docstrings of its modules, and
+their source. The instructions (ko, en, ja, zh; finance and everyday questions) were written for this project.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ LARGEST_SOURCE = 40_000  # bytes of a module's source that are still worth readi
 
 
 def library_texts() -> Iterator[tuple[str, str]]:
-    """(text, place) of the language reference, then of each module its documentation and, unless it is long, its source."""
+    """(text, place) of the language reference, then of each module its documentation and, unless it is long, its
+    source.
+    """
     from pydoc_data.topics import topics
 
     for name, text in sorted(topics.items()):
