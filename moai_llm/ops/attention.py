@@ -97,19 +97,19 @@ def attention_split(
     narrow = window is not None and window < q.shape[2]
     if torch.compiler.is_compiling() or not whole_rows or (seq_idx is None and not narrow):
         return attention_sdpa(q, k, v, mask, seq_idx, window, scale)
+    borders = document_borders(seq_idx, q.shape[0], q.shape[2])
+    if not narrow and all(len(row) == 2 for row in borders):
+        return attention_sdpa(q, k, v, None, None, None, scale)
     rows = []
-    for b, borders in enumerate(document_borders(seq_idx, q.shape[0], q.shape[2])):
-        pieces = [
-            _windowed(
-                q[b : b + 1, :, start:stop], k[b : b + 1, :, start:stop], v[b : b + 1, :, start:stop], window, scale
-            )
-            for start, stop in zip(borders, borders[1:])
-        ]
-        rows.append(torch.cat(pieces, 2))
+    # `split`, not slices: the backward of a slice fills a tensor of the whole size with zeros each time
+    for row_borders, *row in zip(borders, q.split(1), k.split(1), v.split(1)):
+        lengths = [stop - start for start, stop in zip(row_borders, row_borders[1:])]
+        documents = zip(*(t.split(lengths, 2) for t in row))
+        rows.append(torch.cat([_windowed(*document, window=window, scale=scale) for document in documents], 2))
     return torch.cat(rows, 0)
 
 
-def _windowed(q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float) -> Tensor:
+def _windowed(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float) -> Tensor:
     """One document: in one call, or a block of `window` queries at a time against the at most 2 window - 1 keys they
     see.
     """

@@ -71,9 +71,9 @@ def linear_cross_entropy(
 
 
 def default_chunk_rows(vocab_size: int, device_type: str) -> int:
-    """Rows whose fp32 logits fill the budget, between 64 and 8192."""
-    budget = 2**28 if device_type == "cpu" else 2**30
-    return max(64, min(8192, budget // (4 * vocab_size)))
+    """Rows whose fp32 logits fill the budget, at least 64. On a CPU more than 1024 gain nothing."""
+    budget, most = (2**28, 1024) if device_type == "cpu" else (2**30, 8192)
+    return max(64, min(most, budget // (4 * vocab_size)))
 
 
 def row_losses_(logits: Tensor, targets: Tensor, objective: Objective, gradient: bool) -> Tensor:
@@ -137,14 +137,21 @@ def _forward(
     sums = torch.zeros(2, dtype=loss_dtype, device=hidden.device)
     d_hidden = torch.zeros_like(hidden) if grad_hidden else hidden.new_empty(0)
     d_weight = torch.zeros_like(weight) if grad_weight else weight.new_empty(0)
+    # one pair of buffers for all chunks: products are made in dtype, losses and softmax in loss_dtype
+    products = rows.new_empty(min(chunk_rows, rows.shape[0]), w.shape[0])
+    buffer = products if dtype == loss_dtype else torch.empty_like(products, dtype=loss_dtype)
     for start in range(0, rows.shape[0], chunk_rows):
         part = slice(start, start + chunk_rows)
         h = rows[part]
-        logits = (h @ w.t()).to(loss_dtype)
+        d_logits, logits = products[: len(h)], buffer[: len(h)]
+        torch.mm(h, w.t(), out=d_logits)
+        if dtype != loss_dtype:
+            logits.copy_(d_logits)
         sums += row_losses_(logits, wanted[part], terms, grad_hidden or grad_weight)
         if not (grad_hidden or grad_weight):
             continue
-        d_logits = logits.to(dtype)
+        if dtype != loss_dtype:
+            d_logits.copy_(logits)
         if grad_hidden and everything:
             torch.mm(d_logits, w, out=d_hidden[part])
         elif grad_hidden:

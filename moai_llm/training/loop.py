@@ -26,7 +26,7 @@ from moai_llm.data.loader import Batch, Loader
 from moai_llm.data.shards import Store
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
-from moai_llm.runtime import MoaiError, pick_device, seed_everything, write_atomically
+from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_everything, write_atomically
 from moai_llm.training.build import build_model
 from moai_llm.training.checkpoint import Checkpoints, restore
 from moai_llm.training.monitor import Monitor
@@ -69,6 +69,8 @@ def train(
     latest = _find_resume_point(out, checkpoints, recipe, resume)
     device = pick_device(recipe.train.device)
     precision = make_precision(recipe.train.precision, device, recipe.train.tf32)
+    if device.type == "cpu":
+        keep_freed_memory()
     seed_everything(recipe.train.seed)
     store = Store(recipe.data.train)
     tokenizer = store.tokenizer()

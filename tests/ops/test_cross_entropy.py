@@ -117,7 +117,7 @@ def test_it_traces_without_a_graph_break() -> None:
 
 def test_chunks_fit_a_budget() -> None:
     assert default_chunk_rows(128_000, "cpu") * 128_000 * 4 <= 2**28
-    assert default_chunk_rows(100, "cpu") == 8192
+    assert default_chunk_rows(100, "cpu") == 1024
     assert default_chunk_rows(10**8, "cuda") == 64
 
 
