@@ -37,8 +37,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", default="runs/quickstart")
     parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=300, help="pretraining steps")
-    parser.add_argument("--sft-epochs", type=float, default=24, help="passes over the instruction set")
+    parser.add_argument("--steps", type=int, default=200, help="pretraining steps")
+    parser.add_argument("--sft-epochs", type=float, default=16, help="passes over the instruction set")
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier quickstart left in --out")
 
 

@@ -110,4 +110,4 @@ def test_the_whole_quickstart_answers_from_its_instructions(tmp_path: Path, caps
     answers = output.split("three questions")[1].split("Done in")[0]
     right = [question for question in QUESTIONS if known[question].split()[0] in answers]
     assert len(right) >= 2, answers
-    assert json.loads((tmp_path / "out" / "quickstart.json").read_text())["steps"] == 300
+    assert json.loads((tmp_path / "out" / "quickstart.json").read_text())["steps"] == 200
