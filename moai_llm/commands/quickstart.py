@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import shutil
 import time
 from collections.abc import Iterable
@@ -26,8 +27,7 @@ QUESTIONS = ("복리가 뭐예요?", "What is inflation?", "日本の首都は�
 VALID_SHARE = 20  # every 20th document is held out
 # fine-tuning: the same recipe, short rows, a few dozen passes over a few hundred conversations
 SFT = (
-    "data.seq_len=128", "train.batch_tokens=4096", "train.micro_batch_size=32", "train.steps=null", "optim.lr=2.0e-3",
-    "schedule.decay=0.5", "eval.every=0",
+    "data.seq_len=192", "train.micro_batch_size=21", "train.steps=null", "schedule.decay=0.5", "eval.every=0",
 )  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="runs/quickstart")
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=200, help="pretraining steps")
-    parser.add_argument("--sft-epochs", type=float, default=16, help="passes over the instruction set")
+    parser.add_argument("--sft-epochs", type=float, default=14, help="passes over the instruction set")
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier quickstart left in --out")
 
 
@@ -130,14 +130,13 @@ def _tokenizer(out: Path, arguments: argparse.Namespace, console: Any) -> Any:
 
 def _data(out: Path, arguments: argparse.Namespace, tokenizer: Any, console: Any) -> None:
     from moai_llm.commands.data import show_report
-    from moai_llm.data.embedded import instructions
     from moai_llm.data.prepare import prepare_chats, prepare_texts
     from moai_llm.data.shards import Store
 
     sources = arguments.text or ["the Python standard library"]
     jobs = {
         "valid": lambda path: prepare_texts(_held_out(_texts(arguments), True), tokenizer, path, sources),
-        "sft": lambda path: prepare_chats(instructions(), tokenizer, path, ["embedded instructions"]),
+        "sft": lambda path: prepare_chats(_conversations(), tokenizer, path, ["embedded instructions"]),
         "pretrain": lambda path: prepare_texts(_held_out(_texts(arguments), False), tokenizer, path, sources),
     }
     for name, job in jobs.items():
@@ -160,6 +159,18 @@ def _held_out(texts: Iterable[tuple[str, str]], wanted: bool) -> Iterable[tuple[
         yield (text[border:] if wanted else text[:border]), place
 
 
+def _conversations() -> Iterable[tuple[Any, str]]:
+    """The instructions, alone and strung together three at a time: in a chat a question follows on others."""
+    from moai_llm.data.embedded import instructions
+
+    single = list(instructions())
+    yield from single
+    order = random.Random(0).sample(single, len(single))
+    for group in zip(*[iter(order)] * 3):
+        turns = [m for messages, _ in group for m in messages if m["role"] != "system"]
+        yield turns, ", ".join(place for _, place in group)
+
+
 def _pretraining(out: Path, arguments: argparse.Namespace) -> Recipe:
     return recipes.load("quickstart", [
         f"data.train={out / 'data' / 'pretrain'}", f"data.valid={out / 'data' / 'valid'}",
@@ -179,7 +190,10 @@ def _train(recipe: Recipe, title: str) -> Path:
     from moai_llm.training.loop import train
 
     resume = (Path(recipe.train.out) / "recipe.yaml").is_file()
-    return train(recipe, hooks=make_hooks(recipe), resume=resume, title=title)
+    trained = train(recipe, hooks=make_hooks(recipe), resume=resume, title=title)
+    if not trained.finished:
+        raise MoaiError("stopped; the same command goes on from here")
+    return trained.checkpoint
 
 
 def _publish(checkpoint: Path, model: Path) -> None:

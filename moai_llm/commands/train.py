@@ -40,8 +40,10 @@ def run(arguments: argparse.Namespace) -> None:
 
     if recipe.train.init_from:
         recipe.train.init_from = str(resolve_model(recipe.train.init_from))
-    last = train(recipe, hooks=make_hooks(recipe), resume=arguments.resume)
-    print(f"saved {last}. Next: moai generate {recipe.train.out} --prompt TEXT, or moai chat {recipe.train.out}")
+    trained = train(recipe, hooks=make_hooks(recipe), resume=arguments.resume)
+    if trained.finished:
+        out = recipe.train.out
+        print(f"saved {trained.checkpoint}. Next: moai generate {out} --prompt TEXT, or moai chat {out}")
 
 
 def make_hooks(recipe: Recipe) -> list[Hook]:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,13 @@ Hook = Callable[[int, MoaiForCausalLM], dict[str, float]]
 RESUMABLE = ("description", "log", "eval", "checkpoint")  # sections that may change when a run is resumed
 
 
+class Trained(NamedTuple):
+    """Where a call of `train` left the run."""
+
+    checkpoint: Path
+    finished: bool  # false: a signal stopped it before its last step
+
+
 @dataclass
 class StepResult:
     loss: float  # objective per target
@@ -51,8 +58,8 @@ class StepResult:
 
 def train(
     recipe: Recipe, *, hooks: Sequence[Hook] = (), resume: bool = False, title: str = "train", quiet: bool = False
-) -> Path:
-    """Run a recipe to its end, or to the next step border after SIGTERM or SIGINT, and return its last checkpoint.
+) -> Trained:
+    """Run a recipe to its end, or to the next step border after SIGTERM or SIGINT.
 
     Args:
         hooks: run every `eval.every` steps and at the end; see `Hook`.
@@ -94,7 +101,7 @@ def train(
     with Monitor(out, total, start, title=title, quiet=quiet) as monitor, _stop_signals() as stop:
         if start:
             monitor.note(f"resumed from {latest}")
-        clock, since = time.perf_counter(), 0
+        clock, since, done = time.perf_counter(), 0, start
         for step in range(start, total):
             lr = learning_rate(step, total, recipe.optim.lr, recipe.schedule)
             batch = loader.rows(step * rows, rows)
@@ -130,7 +137,7 @@ def train(
                 monitor.note(f"stopped after step {done} of {total}: {latest}; go on with --resume")
                 break
     assert latest is not None
-    return latest
+    return Trained(latest, done == total)
 
 
 def train_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,25 @@ def test_a_stopped_quickstart_goes_on(small: list[object], tmp_path: Path, capsy
     output = quickstart(capsys, *small)
     assert "fine-tune" in output and "pretrain 4/4" not in output
     assert (out / "model" / "model.safetensors").read_bytes() == weights  # the same as without the stop
+
+
+def test_a_signal_stops_the_whole_quickstart(
+    small: list[object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moai_llm.training import loop
+
+    step = loop.train_step
+
+    def interrupted(*arguments: object, **options: object):  # type: ignore[no-untyped-def]
+        signal.raise_signal(signal.SIGINT)
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(loop, "train_step", interrupted)
+    with pytest.raises(SystemExit, match="stopped; the same command goes on from here"):
+        quickstart(capsys, *small)
+    monkeypatch.undo()
+    output = quickstart(capsys, *small)
+    assert "resumed from" in output and "Everything lies in" in output
 
 
 def test_it_does_not_touch_a_folder_of_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

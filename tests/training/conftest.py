@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,8 +12,16 @@ from moai_llm import recipe as recipes
 from moai_llm.data.prepare import prepare
 from moai_llm.recipe import Recipe
 from moai_llm.tokenizer import Tokenizer
+from moai_llm.training import loop
 
 MakeRecipe = Callable[..., Recipe]
+
+
+def train(*arguments: Any, **options: Any) -> Path:
+    """Train to the end and return the last checkpoint."""
+    trained = loop.train(*arguments, **options)
+    assert trained.finished
+    return trained.checkpoint
 
 
 @pytest.fixture

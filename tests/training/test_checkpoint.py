@@ -10,8 +10,7 @@ import pytest
 
 from moai_llm.runtime import MoaiError
 from moai_llm.training.checkpoint import STATE, Checkpoints, problems
-from moai_llm.training.loop import train
-from tests.training.conftest import MakeRecipe
+from tests.training.conftest import MakeRecipe, train
 
 
 @pytest.fixture

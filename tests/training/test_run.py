@@ -20,9 +20,8 @@ from moai_llm.commands.train import make_hooks
 from moai_llm.inference.generate import load_model
 from moai_llm.runtime import MoaiError
 from moai_llm.training.checkpoint import STATE
-from moai_llm.training.loop import train
 from moai_llm.training.monitor import duration, read_metrics
-from tests.training.conftest import MakeRecipe
+from tests.training.conftest import MakeRecipe, train
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
