@@ -1,0 +1,40 @@
+"""python -m benchmarks.run [NAME ...] [--quick]: print the tables and write benchmarks/results/NAME.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib import import_module
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+BENCHMARKS = {
+    "scan": "selective scan against the loop, mambapy and transformers",
+    "training_step": "a training step against transformers and litgpt",
+    "linear_cross_entropy": "loss from hidden states against the plain loss: memory and time",
+    "packing": "attention over packed documents: split against mask",
+    "decode": "greedy decoding against transformers generate",
+    "learning": "held-out loss on tiny Shakespeare beside a transformers baseline",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help=", ".join(BENCHMARKS))
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes, to see that it runs; writes nothing")
+    arguments = parser.parse_args()
+    from benchmarks.harness import save
+    from moai_llm.runtime import keep_freed_memory
+
+    keep_freed_memory()  # for every candidate alike: what is compared is the work, not the page faults
+    for name in arguments.names or BENCHMARKS:
+        print(f"== {name}: {BENCHMARKS[name]}", flush=True)
+        tables = import_module(f"benchmarks.{name}").run(arguments.quick)
+        if not arguments.quick:
+            print(f"written to {save(name, tables, f'python -m benchmarks.run {name}')}")
+
+
+if __name__ == "__main__":
+    main()
