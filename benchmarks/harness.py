@@ -25,10 +25,22 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Timing:
-    """Medians in seconds."""
+    """Seconds of each round, in the order of the rounds."""
 
-    wall: float
-    cpu: float
+    walls: tuple[float, ...]
+    cpus: tuple[float, ...]
+
+    @property
+    def wall(self) -> float:
+        return statistics.median(self.walls)
+
+    @property
+    def cpu(self) -> float:
+        return statistics.median(self.cpus)
+
+    def times_faster_than(self, other: Timing) -> float:
+        """Median over the rounds of other / self: both sides of a round met the same machine."""
+        return statistics.median(theirs / mine for mine, theirs in zip(self.walls, other.walls))
 
 
 @dataclass
@@ -75,7 +87,7 @@ def require_close(name: str, got: torch.Tensor, truth: torch.Tensor, tolerance: 
 
 
 def interleave(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7, warmup: int = 1) -> dict[str, Timing]:
-    """Run every candidate once per round and return the medians of the rounds."""
+    """Run every candidate once per round."""
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
     for i in range(warmup + rounds):
         for name, run in candidates.items():
@@ -85,7 +97,7 @@ def interleave(candidates: Mapping[str, Callable[[], Any]], rounds: int = 7, war
             spent = time.perf_counter() - wall, time.process_time() - cpu
             if i >= warmup:
                 taken[name].append(spent)
-    return {name: Timing(*(statistics.median(column) for column in zip(*runs))) for name, runs in taken.items()}
+    return {name: Timing(*zip(*runs)) for name, runs in taken.items()}
 
 
 @contextmanager

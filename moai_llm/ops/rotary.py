@@ -6,6 +6,8 @@ in fp32 is off by 7e-3 in the cosine at 128k positions.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,10 +24,42 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first r of d dimensions of x (B, H, L, d) by cos, sin (B, L, r/2); computed in fp32, returned in x's
     dtype.
     """
-    half = cos.shape[-1]
     cos, sin = cos[:, None], sin[:, None]
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or not torch.is_grad_enabled():
+        return rotate(x, cos, sin)
+    return _Rotation.apply(x, cos, sin)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The definition, with cos and sin (B, 1, L, r/2)."""
+    half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]
     rotated = [first * cos - second * sin, second * cos + first * sin]
     if 2 * half < x.shape[-1]:
         rotated.append(x[..., 2 * half :].to(rotated[0].dtype))
     return torch.cat(rotated, -1).to(x.dtype)
+
+
+class _Rotation(torch.autograd.Function):
+    """The same in half of the passes over memory: the gradient of a rotation is the rotation back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate_once(x, cos, sin, 1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _rotate_once(grads[0], *ctx.saved_tensors, -1), None, None
+
+
+def _rotate_once(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    half = cos.shape[-1]
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype))
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    y = torch.empty_like(wide)
+    torch.mul(first, cos, out=y[..., :half]).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=y[..., half : 2 * half]).addcmul_(first, sin, value=sign)
+    y[..., 2 * half :] = wide[..., 2 * half :]
+    return y.to(x.dtype)
