@@ -26,7 +26,7 @@ STEPS, ROWS, ROW_LENGTH = 30, 8, 128
 
 
 def make_loader(folder: Path) -> Loader:
-    """Text of the language reference -> tokenizer -> store -> packed rows, in an order that depends on the seed only."""
+    """Text of the language reference -> tokenizer -> store -> packed rows, ordered by the seed alone."""
     texts = list(islice(library_texts(), 60))
     tokenizer = train_tokenizer((text for text, _ in texts), 1024)
     prepare_texts(texts, tokenizer, folder / "store", sources=["the language reference"])
