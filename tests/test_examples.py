@@ -72,8 +72,9 @@ CHECKS: dict[str, Callable[[str], None]] = {
 
 def run(name: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """An example in a directory of its own, with this package before any installed one, and no network to reach."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = {
-        **os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        **os.environ, "PYTHONPATH": path, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
         "PYTHONIOENCODING": "utf-8",
     }  # fmt: skip
     program = "bash" if name.endswith(".sh") else sys.executable
