@@ -19,7 +19,7 @@ from moai_llm.architecture import Architecture
 from moai_llm.cli import COMMANDS
 from moai_llm.losses import create_loss_function
 from moai_llm.recipe import Recipe
-from tests.command_lines import check
+from tests.command_lines import check, moai_commands
 from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "migration.md"
@@ -77,31 +77,40 @@ WRITTEN = {
         --fast-mode | --fp16 | --gradient-clipping | --input_dir | --max_length | --memory-profile | --num_gpus |
         --offload-optimizer | --partition-activations | --pipeline-parallel-size | --profile | --prompt |
         --report-interval | --temperature | --tensor-parallel-size | --top_k | --top_p | --trace-export | --verify |
-        --weights | --zero-stage | AST-aware tokenization optimization | Adaptive routing strategies | Add sparse
+        --weights | --zero-stage | AST-aware tokenization optimization | Adaptive routing strategies | Add expert
+        specialization metrics | Add pattern caching mechanisms | Add sophisticated data augmentation | Add sparse
         attention patterns | Advanced KV cache system | Advanced RoPE Enhancements | Attention pattern pruning |
-        Automatic precision switching | Basic pairwise contrastive loss | Cache compression | Code Generation
-        Optimization | Code quality evaluation pipeline | Code structure caching system | Code structure prefetching |
-        Code-Specific Performance Enhancements | Code-specific tensor optimizations | Conditional computation paths |
-        Context-aware completion cache | Create adaptive context window | Custom CUDA kernels | Custom CUDA kernels
-        for AST processing | Data augmentation strategies | Develop local-global attention mixing | Dynamic RoPE
-        scaling | Dynamic cache pruning | Dynamic expert pruning | Efficient code repository streaming | Efficient
-        tree operation primitives | Enhanced Mixture of Experts | Expert dropout implementation | Expert
-        specialization metrics | Extended context support | GPU-accelerated code analysis | Git-aware incremental
-        updates | Hard negative mining | Hardware Utilization | Implement contrastive learning for embeddings |
-        Implement progressive chunking | Implement sliding window attention | Language-specific expert routing |
-        Language-specific metrics tracking | Load balancing optimization | Memory access optimization | Memory usage
-        optimization | Memory-mapped support | MemoryManager | Multi-language token optimization | Multi-positive
-        example support | NTK-aware scaling | Optimize memory-efficient processing | Parallel code preprocessing
-        pipeline | Parallel syntax parsing | Pattern caching | Performance Monitoring | PerformanceTracker | Position
-        aliasing reduction | Position caching | Position interpolation | Prefetch optimization | Quantized cache
-        storage | Real-time performance profiling | Smart code deduplication | Syntax correctness verification |
-        Syntax tree batching | Syntax-aware attention masks | Syntax-guided generation | Temperature-scaled InfoNCE
-        loss | Training Data Processing | Tree-structured beam search | Type-aware sampling | Upgrade to Flash
-        Attention V2 | activation_checkpointing | compile_mode | config.py | cpu_offload | cudnn_benchmark | data.py |
-        datasets | dtype_policy | generate.py | gradient_accumulation_steps | load_model | max_cached_batches |
-        max_length | merge_data.py | merge_strategy | num_workers | offload_optimizer | optimizer_state |
-        param_persistence | paths | persistent_workers | pin_memory | pipeline_parallel | precision | prefetch_factor
-        | sample_text | temperature | top_k | top_p | train.py | weights | zero_stage
+        Automatic precision switching | Basic pairwise contrastive loss | Begin with pairwise contrastive loss |
+        Benchmark various RoPE configurations | Cache compression | Code AST Optimization | Code Cache System | Code
+        Generation Optimization | Code quality evaluation pipeline | Code structure caching system | Code structure
+        prefetching | Code-Specific Performance Enhancements | Code-specific tensor optimizations | Conditional
+        computation paths | Context-aware completion cache | Contrastive Learning | Create adaptive context window |
+        Custom CUDA kernels | Custom CUDA kernels for AST processing | Data augmentation strategies | Design efficient
+        KV cache | Develop adaptive routing mechanisms | Develop local-global attention mixing | Dynamic RoPE |
+        Dynamic RoPE scaling | Dynamic cache pruning | Dynamic expert pruning | Efficient code repository streaming |
+        Efficient tree operation primitives | Enhanced Mixture of Experts | Expert Pruning | Expert dropout
+        implementation | Expert specialization metrics | Extended context support | Flash Attention V2 |
+        GPU-accelerated code analysis | Git-aware incremental updates | Gradually add attention sparsity | Gradually
+        incorporate multi-positive support | Hard negative mining | Hardware Utilization | Implement compression
+        strategies | Implement contrastive learning for embeddings | Implement efficient chunking | Implement position
+        caching | Implement precision autotuning | Implement progressive chunking | Implement sliding window attention
+        | Implement temperature scaling | Implement utilization monitoring | Integrate Flash Attention V2 | KV Cache |
+        Language-specific expert routing | Language-specific metrics tracking | Load balancing optimization | Memory
+        access optimization | Memory usage optimization | Memory-mapped support | MemoryManager | Multi-language token
+        optimization | Multi-positive example support | NTK-aware scaling | Optimize cache management | Optimize for
+        extended sequence lengths | Optimize load balancing algorithms | Optimize memory usage patterns | Optimize
+        memory-efficient processing | Parallel code preprocessing pipeline | Parallel syntax parsing | Pattern caching
+        | Performance Monitoring | PerformanceTracker | Position aliasing reduction | Position caching | Position
+        interpolation | Prefetch optimization | Profile and optimize CUDA kernels | Quantized cache storage |
+        Real-time performance profiling | Reduce memory footprint | Reduce position aliasing | Sliding Window | Smart
+        code deduplication | Start with basic sliding window | Syntax correctness verification | Syntax tree batching
+        | Syntax-Aware Attention | Syntax-aware attention masks | Syntax-guided generation | Temperature-scaled
+        InfoNCE loss | Training Data Processing | Tree Operation CUDA | Tree-structured beam search | Type-aware
+        sampling | Upgrade to Flash Attention V2 | activation_checkpointing | compile_mode | config.py | cpu_offload |
+        cudnn_benchmark | data.py | datasets | dtype_policy | generate.py | gradient_accumulation_steps | load_model |
+        max_cached_batches | max_length | merge_data.py | merge_strategy | num_workers | offload_optimizer |
+        optimizer_state | param_persistence | paths | persistent_workers | pin_memory | pipeline_parallel | precision
+        | prefetch_factor | sample_text | temperature | top_k | top_p | train.py | weights | zero_stage
     """,
     "004": """
         build_tokenizer.py | scripts/build_tokenizer.py | scripts/train.py | train.py
@@ -151,6 +160,7 @@ def read_rows(markdown: str) -> Iterator[Row]:
 
 
 TEXT = PAGE.read_text(encoding="utf-8")
+PROSE = re.sub(r"```.*?```", "", TEXT, flags=re.S)
 ROWS = list(read_rows(TEXT))
 LIVE = [row for row in ROWS if not row.here.startswith(("not yet:", "no:"))]
 
@@ -211,12 +221,15 @@ def missing(names: list[str], document: str, rows: list[Row]) -> list[str]:
 
 
 def names_in(document: str) -> list[str]:
-    """Flags, scripts, keys of JSON, YAML and Python dictionaries, imported names and open points of a document."""
+    """Flags, scripts, variables, keys of configurations, classes, imported names and open points of a document."""
     found = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", document))
     found |= set(re.findall(r"(?:python|deepspeed)\s+(?:--\S+\s+)*([\w/]+\.py)", document))
     found |= set(re.findall(r"\./\w+\.sh", document)) | set(re.findall(r"\b[a-z]\w*\.py\b", document))
     found |= set(re.findall(r"\b([A-Z]+(?:_[A-Z]+)+)=", document)) | set(re.findall(r"^ *class (\w+)", document, re.M))
     found |= set(re.findall(r"^ *- \[ \] (.+)$", document, re.M))
+    found |= set(re.findall(r"^\| ([\w -]+) \| (?:High|Medium|Low) \|", document, re.M))
+    notes = re.search(r"^## Implementation Notes\n(.*?)^## ", document, re.M | re.S)
+    found |= set(re.findall(r"^- (.+)$", notes[1], re.M)) if notes else set()
     for language, block in re.findall(r"^ *```(\w+)\n(.*?)^ *```", document, re.M | re.S):
         if language in ("json", "python"):
             found |= set(re.findall(r"[\"'](\w+)[\"']\s*:", block))
@@ -229,6 +242,14 @@ def names_in(document: str) -> list[str]:
 
 def test_the_page_has_rows() -> None:
     assert len(ROWS) > 200 and len(LIVE) > 100
+
+
+def test_the_session_at_the_top() -> None:
+    commands = list(moai_commands(TEXT))
+    assert [command.words[1] for command in commands] == ["tokenizer", "data", "data", "train", "train", "chat"]
+    for command in commands:
+        check(command.words)
+        check_length(str(command))
 
 
 @pytest.mark.parametrize("row", LIVE, ids=str)
@@ -248,7 +269,7 @@ def test_what_is_not_here_says_why(row: Row) -> None:
 
 def test_names_outside_the_tables() -> None:
     there = {span for row in ROWS for span in spans(row.there)}
-    for span in set(spans(TEXT)) - there:
+    for span in set(spans(PROSE)) - there:
         if span.startswith("moai_llm") and span != "moai_llm.x.y":
             import_name(span)
         if span.startswith("moai ") and span != "moai ...":
@@ -256,8 +277,8 @@ def test_names_outside_the_tables() -> None:
         section, dot, key = span.partition("=")[0].partition(".")
         if dot and section in Recipe.__dataclass_fields__ and not span.endswith((".py", ")")):
             assert key.split(".")[0] in recipes._keys_at([section]), span
-    presets = {span for span in spans(TEXT) if re.fullmatch(r"(moai|blues|khanh)-[\w.-]+", span)}
-    assert presets and presets <= {*recipes.list_recipes(), "moai-llm"}
+    presets = {span for span in spans(PROSE) if re.fullmatch(r"(moai|blues|khanh)-[\w.-]+", span)}
+    assert presets and presets <= set(recipes.list_recipes())
 
 
 def test_counts_in_the_text() -> None:
