@@ -6,10 +6,12 @@ read too, so that the list cannot fall behind them.
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -279,6 +281,30 @@ def test_names_outside_the_tables() -> None:
             assert key.split(".")[0] in recipes._keys_at([section]), span
     presets = {span for span in spans(PROSE) if re.fullmatch(r"(moai|blues|khanh)-[\w.-]+", span)}
     assert presets and presets <= set(recipes.list_recipes())
+
+
+def test_the_published_model_files(tmp_path: Path) -> None:
+    """What the rows about the JSON files say: one is refused until three keys are added, the other loads as it is."""
+    file = tmp_path / "config.json"
+    transformer = {
+        "vocab_size": 122100, "hidden_size": 3840, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "max_position_embeddings": 32768, "rope_theta": 1000000.0, "use_qk_norm": True,
+    }  # fmt: skip
+    file.write_text(json.dumps(transformer))
+    with pytest.raises(ValueError, match="got 137: set head_dim"):
+        recipes.get_config(file)
+    file.write_text(
+        json.dumps({**transformer, "head_dim": 128, "intermediate_size": 5120, "tie_word_embeddings": True})
+    )
+    assert recipes.get_config(file).to_dict() == recipes.get_config("moai-3b").to_dict()
+    mamba = {
+        "model_type": "mamba_moai", "vocab_size": 128000, "hidden_size": 2048, "intermediate_size": 5632,
+        "num_hidden_layers": 24, "state_size": 16, "conv_kernel_size": 4, "expand_factor": 2,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-05, "use_fast_scan": True, "use_checkpoint": True,
+        "quantization_bits": 4, "use_quantization": False,
+    }  # fmt: skip
+    file.write_text(json.dumps(mamba))
+    assert recipes.get_config(file).to_dict() == recipes.get_mamba_config("2b").to_dict()
 
 
 def test_counts_in_the_text() -> None:
