@@ -4,7 +4,7 @@
 # Runs offline on a CPU in about half a minute: a model of a few hundred thousand parameters, text that comes with
 # every Python, ten questions that it learns by heart. `moai quickstart` is the same path with a larger model.
 #
-#   bash examples/quickstart.sh [DIRECTORY]
+#   bash examples/quickstart.sh [NEW_DIRECTORY]
 set -euo pipefail
 
 out=${1:-runs/example}

@@ -28,7 +28,7 @@ PAGE = ROOT / "docs" / "migration.md"
 DOCUMENTS = ROOT.parent / "shared" / "documents"
 AREAS = {
     "GPU kernels", "KV cache", "LoRA", "batch generation", "code models", "data mixing", "dataset sources",
-    "evaluation harness", "expert tools", "long context", "memory", "multi-GPU", "optimizers", "planner", "profiling",
+    "evaluation harness", "expert tools", "long context", "memory", "multi-GPU", "optimizers", "parallel preparation", "planner", "profiling",
     "quantization", "representation learning", "serving", "tokenizer extension", "tokenizer report",
     "tokenizer sampling",
 }  # fmt: skip
