@@ -10,16 +10,20 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from transformers.activations import ACT2FN
 
 from moai_llm import recipe as recipes
 from moai_llm.architecture import Architecture
 from moai_llm.cli import COMMANDS
+from moai_llm.config import MoaiConfig
 from moai_llm.losses import create_loss_function
+from moai_llm.modeling.rope import RotaryEmbedding
 from moai_llm.recipe import Recipe
 from tests.command_lines import check, moai_commands
 from tests.conftest import ROOT
@@ -28,9 +32,9 @@ PAGE = ROOT / "docs" / "migration.md"
 DOCUMENTS = ROOT.parent / "shared" / "documents"
 AREAS = {
     "GPU kernels", "KV cache", "LoRA", "batch generation", "code models", "data mixing", "dataset sources",
-    "evaluation harness", "expert tools", "long context", "memory", "multi-GPU", "optimizers", "parallel preparation", "planner", "profiling",
-    "quantization", "representation learning", "serving", "tokenizer extension", "tokenizer report",
-    "tokenizer sampling",
+    "evaluation harness", "expert tools", "long context", "memory", "multi-GPU", "optimizers", "parallel preparation",
+    "planner", "profiling", "quantization", "representation learning", "serving", "tokenizer extension",
+    "tokenizer report", "tokenizer sampling",
 }  # fmt: skip
 
 # document -> every flag, script, configuration key and imported name in it
@@ -195,11 +199,13 @@ def check_overrides(overrides: list[str]) -> None:
     """All overrides of a cell together, over a preset whose dictionaries hold what the cell does not say."""
     recipe = recipes.load("moai-3b", overrides)
     create_loss_function({"type": recipe.loss.type, "params": recipe.loss.params})
+    assert recipe.model.hidden_act in ACT2FN
     rope = recipe.model.rope_parameters
     if rope is not None:
         known = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "beta_slow", "beta_fast"}
         if not set(rope) <= known:
             raise ValueError(f"{overrides}: unknown rope parameters {sorted(set(rope) - known)}")
+        RotaryEmbedding(MoaiConfig(**asdict(recipe.model)))
 
 
 def import_name(name: str) -> object:
@@ -338,8 +344,8 @@ def test_the_list_is_complete() -> None:
     [
         "`moai trian moai-3b`", "`moai train moai-3b --quantize`", "`moai train moai-3b optim.learning_rate=1`",
         "`moai train moai-3b train.epochs=3`", "`optim.learning_rate=1`", "`loss.params.weight=1`",
-        "`model.rope_parameters.alhpa=1`", "`moai_llm.modeling.quantization.quantize_model`", "somewhere",
-        "`optim.lr=1` perhaps",
+        "`model.rope_parameters.alhpa=1`", "`model.rope_parameters.rope_type=yarm`",
+        "`moai_llm.modeling.quantization.quantize_model`", "somewhere", "`optim.lr=1` perhaps",
     ],
 )  # fmt: skip
 def test_controls_a_false_cell_is_seen(here: str) -> None:
