@@ -154,14 +154,25 @@ def slugs(text: str) -> set[str]:
     return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
 
 
-@every_document
-def test_relative_links_resolve(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(path.read_text(encoding="utf-8"))):
+def broken_links(path: Path, text: str) -> list[str]:
+    bad = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(text)):
         if not re.match(r"\w+:", target):
             file, _, anchor = target.partition("#")
-            there = path if not file else (path.parent / file)
-            assert there.exists(), target
-            assert not anchor or anchor in slugs(there.read_text(encoding="utf-8")), target
+            there = path.parent / file if file else path
+            if not there.exists() or (anchor and anchor not in slugs(there.read_text(encoding="utf-8"))):
+                bad.append(target)
+    return bad
+
+
+@every_document
+def test_relative_links_resolve(path: Path) -> None:
+    assert not broken_links(path, path.read_text(encoding="utf-8"))
+
+
+def test_control_a_broken_link_is_seen() -> None:
+    text = "[a](docs/nothing.md) [b](#nothing) [c](docs/models.md#nothing) [d](docs/models.md#rope) [e](https://x.y)"
+    assert broken_links(README, text) == ["docs/nothing.md", "#nothing", "docs/models.md#nothing"]
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -209,11 +220,8 @@ def test_names_contributors_are_sent_to_exist() -> None:
     places = re.findall(r"`([\w.]+)` in `([\w./-]+\.py)`", text)
     assert len(places) >= 10
     for name, file in places:
-        last = name.split(".")[-1]
-        assert re.search(rf"^(class |def |    def |    )?{last}\b", (ROOT / file).read_text(), re.MULTILINE), (
-            name,
-            file,
-        )
+        last, source = name.split(".")[-1], (ROOT / file).read_text(encoding="utf-8")
+        assert re.search(rf"^ *(class |def )?{last}\b", source, re.MULTILINE), f"{name} in {file}"
 
 
 @dataclass
@@ -239,14 +247,31 @@ def read_tree(text: str) -> Tree:
     return tree
 
 
+def differences(tree: Tree) -> list[str]:
+    """What a tree names that is not there, and what is there without being named."""
+    package = ROOT / "moai_llm"
+    bad = [name for name in tree.root if not (ROOT / name).exists()]
+    bad += set(tree.package) ^ {path.name for path in package.iterdir() if path.name != "__pycache__"}
+    for room in sorted(path for path in package.iterdir() if path.is_dir() and path.name != "__pycache__"):
+        if room.name != "recipes":
+            there = {path.name for path in room.iterdir() if path.name not in ("__init__.py", "__pycache__")}
+            bad += [f"{room.name}/{name}" for name in set(tree.files.get(room.name, [])) ^ there]
+    return sorted(bad)
+
+
 def test_the_tree_is_what_lies_there() -> None:
-    tree, package = read_tree(README.read_text(encoding="utf-8")), ROOT / "moai_llm"
-    assert not [name for name in tree.root if not (ROOT / name).exists()]
-    assert sorted(tree.package) == sorted(path.name for path in package.iterdir() if path.name != "__pycache__")
-    for room, files in tree.files.items():
-        there = [p.name for p in (package / room).iterdir() if p.name not in ("__init__.py", "__pycache__")]
-        assert sorted(files) == sorted(there), room
-    assert set(tree.files) == {p.name for p in package.iterdir() if p.is_dir()} - {"recipes", "__pycache__"}
+    assert not differences(read_tree(README.read_text(encoding="utf-8")))
+
+
+def test_control_a_wrong_tree_is_seen() -> None:
+    text = README.read_text(encoding="utf-8")
+    wrong = {
+        "dispatch.py  ": ("despatch.py  ", ["ops/despatch.py", "ops/dispatch.py"]),
+        "  losses.py  ": ("  lasses.py  ", ["lasses.py", "losses.py"]),
+        "\nbenchmarks/ ": ("\nbenchmark/  ", ["benchmark"]),
+    }
+    for right, (changed, seen) in wrong.items():
+        assert differences(read_tree(text.replace(right, changed))) == seen
 
 
 # ---------------------------------------------------------------- tables
@@ -299,6 +324,14 @@ def test_what_can_be_read() -> None:
     assert not [name for name in (*SOURCES, *TEXT_COLUMNS) if f"`{name}`" not in text]
     for columns, _ in SCHEMAS.values():
         assert f"| {', '.join(f'`{column}`' for column in columns)} |" in text
+
+
+def test_the_table_of_rope_types() -> None:
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    text = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"\| `rope_type` \| what it does \|\n\|[ |-]+\|\n((?:\|.*\n)+)", text)
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) <= {"default", "ntk", *ROPE_INIT_FUNCTIONS}
 
 
 def test_the_table_of_ops() -> None:
