@@ -131,6 +131,6 @@ def test_the_rotation_in_place_is_the_definition(rotated: int, dtype: torch.dtyp
     cos, sin = rotary_table(torch.randint(0, 50, (2, 7)), torch.rand(rotated // 2))
     grad = torch.randn(2, 3, 7, 10).to(dtype)
     got, truth = apply_rotary(x, cos, sin), rotate(x, cos[:, None], sin[:, None])
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-2
+    tolerance = 1e-12 if dtype == torch.float64 else 5e-2
     for a, b in zip((got, torch.autograd.grad(got, x, grad)[0]), (truth, torch.autograd.grad(truth, x, grad)[0])):
         assert a.dtype == b.dtype == dtype and (a - b).abs().max() < tolerance
