@@ -18,7 +18,15 @@ constexpr idx PIECE = 256;  // channels a task
 
 // exp(-|x|) of a large |x| is 0 in fp32; past this nothing changes, and 2^x stays defined
 inline vec silu(vec x) { return x / (1.f + exp2(at_most(x * -LOG2E, 126.f))); }
-inline float softplus(float x) { return std::max(x, 0.f) + std::log1p(std::exp(-std::fabs(x))); }
+
+// max(x, 0) + log(1 + e) with e = exp(-|x|), by the series of 2 artanh(e / (2 + e)), whose argument is at most 1/3.
+inline vec softplus(vec x) {
+    const vec positive = at_least(x, 0.f), e = exp2(at_least(x - 2.f * positive, -80.f) * LOG2E), s = e / (2.f + e);
+    const vec t = s * s;
+    vec p = splat(1.f / 13);
+    for (const float term : {1.f / 11, 1.f / 9, 1.f / 7, 1.f / 5, 1.f / 3, 1.f}) p = p * t + term;
+    return positive + 2.f * s * p;
+}
 
 struct Shape {
     idx batch, channels, states, rank, kernel;
@@ -60,10 +68,16 @@ template <class T>
 void advance(const Shape& s, const Weights<T>& w, idx first, idx count, const float* x, const float* projected,
              float* state, const T* z, T* y) {
     const float *B = projected + s.rank, *C = B + s.states;
-    float out[PIECE];
-    for (idx d = first; d < first + count; d++) {
-        const float delta = softplus(dot(projected, w.dt_proj + d * s.rank, s.rank) + w.dt_bias[d]);
-        const vec step = splat(-delta * LOG2E), dx = splat(delta * x[d]);
+    float out[PIECE], delta[PIECE];
+    for (idx i = 0; i < count; i++)
+        delta[i] = dot(projected, w.dt_proj + (first + i) * s.rank, s.rank) + w.dt_bias[first + i];
+    for (idx i = 0; i < count; i += W) {
+        const int lanes = int(std::min<idx>(W, count - i));
+        store(delta + i, softplus(load(delta + i, lanes)), lanes);
+    }
+    for (idx i = 0; i < count; i++) {
+        const idx d = first + i;
+        const vec step = splat(-delta[i] * LOG2E), dx = splat(delta[i] * x[d]);
         const float* A_log = w.A_log + d * s.states;
         float* h = state + d * s.states;
         vec sum = {};
@@ -74,7 +88,7 @@ void advance(const Shape& s, const Weights<T>& w, idx first, idx count, const fl
             store(h + n, next, lanes);
             sum += next * load(C + n, lanes);
         }
-        out[d - first] = sum_lanes(sum) + w.D[d] * x[d];
+        out[i] = sum_lanes(sum) + w.D[d] * x[d];
     }
     for (idx i = 0; i < count; i += W) {
         const int lanes = int(std::min<idx>(W, count - i));
