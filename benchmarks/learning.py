@@ -7,6 +7,7 @@ but the rows. The Mamba and hybrid twins are shown beside them.
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -98,9 +99,14 @@ def baseline(folder: Path, steps: int, seed: int) -> tuple[int, float]:
     vectors = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.95), fused=True)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / max(1, round(0.05 * steps)), total_iters=steps // 20)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps - steps // 20)
-    schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, decay], [steps // 20])
+    warmup = round(0.05 * steps)
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     loader = Loader(store, LENGTH, seed)
     for step in range(steps):
         batch = loader.rows(step * ROWS, ROWS)
