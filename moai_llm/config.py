@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from moai_llm.architecture import Architecture
 
@@ -66,3 +66,6 @@ class MoaiConfig(Architecture, PreTrainedConfig):
 
     def validate_layer_type(self) -> None:
         """Replaces transformers' check, which does not know `none`; `Architecture.resolve` has checked both lists."""
+
+
+AutoConfig.register("moai", MoaiConfig)

@@ -397,8 +397,21 @@ def test_python_runs(path: Path, block: Block, model_folder: Path, monkeypatch: 
     exec(compile(block.text, f"{path.name}:{block.line}", "exec"), {"__name__": "example"})
 
 
-def test_importing_the_package_is_not_enough_for_auto_classes(model_folder: Path) -> None:
-    """Why the examples import MoaiForCausalLM. When this fails, `import moai_llm` does it too: say so in README."""
-    code = "import moai_llm\nfrom transformers import AutoConfig\nAutoConfig.from_pretrained('runs/quickstart/model')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=model_folder, capture_output=True, text=True)
-    assert done.returncode and "moai" in done.stderr
+@pytest.mark.parametrize("name", ["AutoConfig", "AutoModel", "AutoModelForCausalLM"])
+def test_importing_the_package_is_enough_for_auto_classes(model_folder: Path, name: str) -> None:
+    """Before transformers, after it, and without asking for a class of ours."""
+    ours, theirs = "import moai_llm", f"from transformers import {name}"
+    use = f"print(type({name}.from_pretrained('runs/quickstart/model')).__name__)"
+    wanted = {"AutoConfig": "MoaiConfig", "AutoModel": "MoaiModel", "AutoModelForCausalLM": "MoaiForCausalLM"}[name]
+    for lines in ([ours, theirs, use], [theirs, ours, use]):
+        done = run_python("\n".join(lines), model_folder)
+        assert done.stdout.strip() == wanted, done.stderr
+
+
+def test_control_without_the_package_auto_classes_do_not_know_it(model_folder: Path) -> None:
+    code = "from transformers import AutoConfig\nAutoConfig.from_pretrained('runs/quickstart/model')"
+    assert "moai" in run_python(code, model_folder).stderr
+
+
+def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
