@@ -27,7 +27,7 @@ QUESTIONS = ("복리가 뭐예요?", "What is inflation?", "日本の首都は�
 VALID_SHARE = 20  # every 20th document is held out
 # fine-tuning: the same recipe, short rows, a few dozen passes over a few hundred conversations
 SFT = (
-    "data.seq_len=192", "train.micro_batch_size=21", "train.steps=null", "schedule.decay=0.5", "eval.every=0",
+    "data.seq_len=192", "train.micro_batch_size=21", "schedule.decay=0.5", "eval.every=0",
 )  # fmt: skip
 
 

@@ -99,6 +99,11 @@ def test_recipes(moai: Moai) -> None:
     assert "hidden_size: 3840" in moai("train", "moai-3b", "--show")
 
 
+def test_overrides_stand_before_and_after_flags(moai: Moai) -> None:
+    shown = moai("train", "moai-3b-tiny", "optim.lr=0.5", "--show", "train.epochs=7")
+    assert "lr: 0.5" in shown and "epochs: 7" in shown and "steps: null" in shown
+
+
 def test_ops(moai: Moai) -> None:
     output = moai("ops", "--device", "cpu")
     assert "selective_scan" in output and "split" in output
