@@ -81,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     module.configure(parser)
     parsed = parser.parse_all(arguments[1:])
     try:
+        if os.environ.get("MOAI_OPS"):
+            from moai_llm.ops.dispatch import check_environment
+
+            check_environment()
         module.run(parsed)
     except MoaiError as error:
         sys.exit(f"moai {verb}: {error}")

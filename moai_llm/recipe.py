@@ -6,7 +6,6 @@ The directory of YAML files is the registry of presets; there is no inheritance 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hi
 from annotated_types import Ge, Gt, Le, Lt
 
 from moai_llm.architecture import Architecture
-from moai_llm.runtime import MoaiError
+from moai_llm.runtime import MoaiError, did_you_mean
 
 if TYPE_CHECKING:
     from moai_llm.config import MoaiConfig
@@ -263,13 +262,13 @@ def _check(recipe: Recipe, source: str) -> None:
     loss, rows = recipe.loss, (recipe.train.batch_tokens, recipe.data.seq_len)
     if loss.type not in LOSS_PARAMS:
         known = f"there are {', '.join(LOSS_PARAMS)}"
-        raise MoaiError(
-            f"{source}: loss.type {loss.type!r} is unknown; {known}{_nearest(loss.type, list(LOSS_PARAMS))}"
-        )
+        raise MoaiError(f"{source}: loss.type {loss.type!r} is unknown; {known}{did_you_mean(loss.type, LOSS_PARAMS)}")
     for name in loss.params:
         if name not in LOSS_PARAMS[loss.type]:
             known = f"{loss.type} has {', '.join(LOSS_PARAMS[loss.type])}"
-            raise MoaiError(f"{source}: loss.params.{name} is unknown; {known}{_nearest(name, LOSS_PARAMS[loss.type])}")
+            raise MoaiError(
+                f"{source}: loss.params.{name} is unknown; {known}{did_you_mean(name, LOSS_PARAMS[loss.type])}"
+            )
     if rows[0] < rows[1]:
         raise MoaiError(f"{source}: train.batch_tokens {rows[0]} is less than one row, data.seq_len {rows[1]}")
 
@@ -282,7 +281,7 @@ def _read(name_or_path: str | Path) -> dict[str, Any]:
         path = RECIPES / f"{name_or_path}.yaml"
         if not path.is_file():
             raise MoaiError(
-                f"no recipe {str(name_or_path)!r}{_nearest(str(name_or_path), list_recipes())}; see `moai recipes`"
+                f"no recipe {str(name_or_path)!r}{did_you_mean(str(name_or_path), list_recipes())}; see `moai recipes`"
             )
     try:
         tree = _parse(path.read_text(encoding="utf-8"))
@@ -347,7 +346,7 @@ def _hint(location: list[str]) -> str:
     sections = [f.name for f in fields(Recipe) if key in _keys_at([f.name])]
     if sections:
         return f" (did you mean '{sections[0]}.{key}'?)"
-    return _nearest(key, _keys_at(location[:-1]))
+    return did_you_mean(key, _keys_at(location[:-1]))
 
 
 def _keys_at(location: list[str]) -> list[str]:
@@ -358,8 +357,3 @@ def _keys_at(location: list[str]) -> list[str]:
         if cls is None:
             return []
     return [f.name for f in fields(cls)]
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -107,6 +108,8 @@ def test_overrides_stand_before_and_after_flags(moai: Moai) -> None:
 def test_ops(moai: Moai) -> None:
     output = moai("ops", "--device", "cpu")
     assert "selective_scan" in output and "split" in output
+    built = re.search(r"selective_scan.cpp is built for this CPU: (\S+)", output)
+    assert built and Path(built[1]).is_file() or "native (no: " in output
 
 
 @pytest.mark.parametrize(
