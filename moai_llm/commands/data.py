@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moai_llm.recipe import DataConfig
 from moai_llm.runtime import make_console
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from moai_llm.data.prepare import prepare
+    from moai_llm.data.shards import Store
     from moai_llm.tokenizer import load_tokenizer
 
     console = make_console()
@@ -56,7 +58,18 @@ def _prepare(arguments: argparse.Namespace) -> None:
             progress=lambda documents, tokens: status.update(f"{documents:,} documents, {tokens:,} tokens"),
         )
     show_report(console, report)
+    _warn_of_long_conversations(console, Store(arguments.out))
     console.print(f"written to {arguments.out}. Next: moai train RECIPE data.train={arguments.out}")
+
+
+def _warn_of_long_conversations(console: Console, store: Store) -> None:
+    default, lengths = DataConfig().seq_len, store.lengths()
+    long = int((lengths > default).sum())
+    if store.manifest.kind == "chat" and long:
+        console.print(
+            f"{long:,} of {len(store):,} conversations are longer than {default:,} tokens, the default data.seq_len: "
+            f"rows that are shorter cut their end off. The longest has {lengths.max():,}."
+        )
 
 
 def show_report(console: Console, report: Report) -> None:

@@ -42,8 +42,13 @@ def prepare(
     """Tokenise files into a store. Text documents end with the end-of-text token; conversations keep their mask.
 
     Raises:
-        MoaiError: unreadable sources, no documents, or conversations in which no assistant says anything.
+        MoaiError: unreadable sources, no documents, a tokenizer that training cannot use, or conversations in which no
+            assistant says anything.
     """
+    if column and kind == "chat":
+        raise MoaiError(
+            "--column names the text of documents; the columns of conversations are known by their names: rename them"
+        )
     files = [str(path) for path in paths]
     if kind == "text":
         return prepare_texts(read_texts(files, column), tokenizer, out, files, overwrite=overwrite, progress=progress)

@@ -65,6 +65,7 @@ class StoreWriter:
         self.out = Path(out)
         if self.out.exists() and not overwrite:
             raise MoaiError(f"{self.out} exists already: choose another --out or pass --overwrite")
+        _ = tokenizer.eos_id, tokenizer.pad_id  # training needs both: a tokenizer without them is refused here
         self.tokenizer, self.shard_tokens = tokenizer, shard_tokens
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         self.manifest = Manifest(kind, tokenizer.fingerprint, tokenizer.vocab_size, dtype)

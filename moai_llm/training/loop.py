@@ -8,6 +8,7 @@ evaluated or sampled (hooks), which bricks a model has.
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -35,6 +36,7 @@ from moai_llm.training.precision import Precision, make_precision
 from moai_llm.training.schedules import learning_rate
 from moai_llm.training.start import discard, find_start, total_steps, with_model_of
 
+logger = logging.getLogger("moai_llm")
 # called at a step border with (step, model); what it returns is logged
 Hook = Callable[[int, MoaiForCausalLM], dict[str, float]]
 
@@ -89,6 +91,12 @@ def train(
     store = Store(recipe.data.train)
     tokenizer = store.tokenizer()
     loader = Loader(store, recipe.data.seq_len, recipe.train.seed)
+    cut = loader.cut_documents()
+    if cut:
+        logger.warning(
+            "%s of %s conversations are longer than data.seq_len %s and lose their end: raise it to keep them whole",
+            cut, len(store), recipe.data.seq_len,
+        )  # fmt: skip
     model = build_model(recipe, tokenizer, device, latest)
     if recipe.train.init_from:
         recipe = with_model_of(recipe, model.config)

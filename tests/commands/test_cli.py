@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from moai_llm.cli import COMMANDS, main
+from moai_llm.tokenizer import Tokenizer
 
 Moai = Callable[..., str]
 
@@ -90,6 +92,27 @@ def test_from_text_to_chat(moai: Moai, tmp_path: Path, text_file: Path, monkeypa
     assert moai("generate", base, "--prompt", "-", "--max-new-tokens", 2).startswith("Document 3")
 
 
+def test_a_tokenizer_is_not_overwritten(moai: Moai, fails: Moai, tmp_path: Path, text_file: Path) -> None:
+    train = ("tokenizer", "train", text_file, "--out", tmp_path / "tok", "--vocab-size")
+    moai(*train, 300)
+    assert "holds a tokenizer already: choose another --out or pass --overwrite" in fails(*train, 280)
+    assert "280 tokens" in moai(*train, 280, "--overwrite")
+
+
+def test_conversations(moai: Moai, fails: Moai, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    chats, tok, out = tmp_path / "chats.jsonl", tokenizer.save(tmp_path / "tok"), tmp_path / "out"
+    chats.write_text(json.dumps({"Question": "why", "Answer": "because " * 900}) + "\n")
+    prepare = ("data", "prepare", chats, "--chat", "--tokenizer", tok, "--out", out)
+    assert "--column names the text of documents" in fails(*prepare, "--column", "Answer")
+    assert "1 of 1 conversations are longer than 1,024 tokens" in moai(*prepare)
+    settings = json.loads((tok / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (tok / "tokenizer_config.json").write_text(json.dumps(settings))
+    message = fails(*prepare, "--overwrite")
+    assert "no pad_token: name one of its special tokens (<|endoftext|>, <|pad|>" in message
+    assert (out / "manifest.json").is_file()
+
+
 def test_recipes(moai: Moai) -> None:
     output = moai("recipes")
     assert "3,001,401,088" in output and "-tiny" not in output
@@ -126,6 +149,7 @@ def test_ops(moai: Moai) -> None:
         (["generate", "nowhere", "--prompt", "x"], "nowhere: no such directory"),
         (["chat", "nowhere"], "nowhere: no such directory"),
         (["eval", "perplexity", "nowhere"], "give either files or --text"),
+        (["train", "moai-3b-tiny", "--show", "optim.lr=-1"], "optim.lr: input should be greater than or equal to 0"),
     ],
 )
 def test_mistakes(fails: Moai, arguments: list[str], message: str) -> None:
