@@ -233,22 +233,11 @@ def get_config(name_or_path: str | Path) -> MoaiConfig:
     Raises:
         MoaiError: there is no such thing, or it is not valid.
     """
-    from moai_llm.config import MoaiConfig
+    from moai_llm.config import MoaiConfig, read_config
 
     path = Path(name_or_path)
     if path.is_dir() or path.suffix == ".json":
-        file = path / "config.json" if path.is_dir() else path
-        if not file.is_file():
-            raise MoaiError(f"{file}: no such file")
-        import json
-
-        values = json.loads(file.read_text(encoding="utf-8"))
-        kind = values.pop("model_type", "moai")
-        if kind == "mamba_moai":  # the older Mamba files: every layer Mamba, a SwiGLU after it
-            values.setdefault("layer_types", ["linear_attention"])
-        elif kind != "moai":
-            raise MoaiError(f"{file}: model_type {kind!r} is not ours; convert it with moai_llm.modeling.convert")
-        return MoaiConfig(**values)
+        return read_config(path / "config.json" if path.is_dir() else path)
     return MoaiConfig(**asdict(load(name_or_path).model))
 
 

@@ -230,6 +230,39 @@ def test_get_config(tmp_path: Path) -> None:
         recipes.get_config(tmp_path / "none.json")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "expected an object"),
+        ('{"num_layers": 3, "vocab_size": 5}', r"unknown key 'num_layers' \(did you mean 'num_hidden_layers'\?\)"),
+        ('{"hidden_sizes": 3}', r"did you mean 'hidden_size'"),
+        ('{"hidden_size": "x"}', "hidden_size"),
+        ('{"head_dim": 7}', "c.json: RoPE .* head_dim must be even, got 7"),
+        ('{"hidden_act": "sillu"}', "did you mean 'silu'"),
+    ],
+)
+def test_wrong_config_files_say_what_to_do(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(MoaiError, match=message):
+        recipes.get_config(tmp_path / "c.json")
+
+
+def test_what_transformers_writes_into_a_config_is_read(tmp_path: Path) -> None:
+    theirs = {"architectures": ["MoaiForCausalLM"], "torch_dtype": "bfloat16", "dtype": "float32", "use_cache": False,
+              "transformers_version": "5.0", "decoder_start_token_id": 1, "pad_token_id": 0}  # fmt: skip
+    (tmp_path / "c.json").write_text(json.dumps({"model_type": "moai", "vocab_size": 77, **theirs}))
+    assert recipes.get_config(tmp_path / "c.json").vocab_size == 77
+
+
+def test_the_older_keys_of_mamba_mean_mamba() -> None:
+    config = MoaiConfig(state_size=8, expand_factor=3, num_hidden_layers=2)
+    assert config.layer_types == ["linear_attention"] * 2 and (config.ssm_state_size, config.ssm_expand) == (8, 3)
+    mixed = MoaiConfig(state_size=8, num_hidden_layers=2, layer_types=["full_attention"])
+    assert mixed.layer_types == ["full_attention"] * 2
+    assert MoaiConfig(num_hidden_layers=2).layer_types == ["full_attention"] * 2
+
+
 def test_the_published_3b_json_is_understood() -> None:
     published = {
         "vocab_size": 122100, "hidden_size": 3840, "num_hidden_layers": 28, "num_attention_heads": 28,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{prepare,info,show}")
     prepare = verbs.add_parser("prepare", help="tokenise files into a store")
     prepare.add_argument("sources", nargs="+", help="text, JSON lines, CSV or Parquet files, or folders of them")
     prepare.add_argument("--tokenizer", required=True, help="a tokenizer or model directory")
@@ -29,12 +29,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--column", help="column that holds the text; found by itself when it has a usual name")
     prepare.add_argument("--overwrite", action="store_true", help="replace a store that is there")
     info = verbs.add_parser("info", help="what is in a store")
-    info.add_argument("store")
+    info.add_argument("store", help="a prepared store")
     info.add_argument("--seq-len", type=int, default=1024, help="row length to show the packing of")
     show = verbs.add_parser("show", help="decode packed rows: documents in colours, what is not learned in grey")
-    show.add_argument("store")
-    show.add_argument("row", type=int, nargs="?", default=0)
-    show.add_argument("--seq-len", type=int, default=256)
+    show.add_argument("store", help="a prepared store")
+    show.add_argument("row", type=int, nargs="?", default=0, help="which row, counted from 0 (default 0)")
+    show.add_argument("--seq-len", type=int, default=256, help="tokens in a row (default 256)")
 
 
 def run(arguments: argparse.Namespace) -> None:

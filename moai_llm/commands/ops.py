@@ -10,7 +10,7 @@ from moai_llm.runtime import make_console
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, ...")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -35,15 +35,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", nargs="+", metavar="PATH", help="your text: files or folders (txt, md, jsonl, csv, ...)"
     )
-    parser.add_argument("--out", default="runs/quickstart")
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=200, help="pretraining steps")
-    parser.add_argument("--sft-epochs", type=float, default=14, help="passes over the instruction set")
+    parser.add_argument("--out", default="runs/quickstart", help="the folder to write (default runs/quickstart)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of the tokenizer (default 4096)")
+    parser.add_argument("--steps", type=int, default=200, help="pretraining steps (default 200)")
+    parser.add_argument("--sft-epochs", type=float, default=14, help="passes over the instruction set (default 14)")
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier quickstart left in --out")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from moai_llm.data.sources import list_files
+
     out, console, began = Path(arguments.out), make_console(), time.perf_counter()
+    list_files(arguments.text or [])  # a text that is not there is said before anything is deleted
     _claim(out, arguments)
 
     def say(number: int, text: str) -> None:

@@ -13,7 +13,7 @@ COLORS = ("black on bright_yellow", "black on bright_cyan", "black on bright_gre
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,show}")
     train = verbs.add_parser("train", help="learn a byte-level BPE vocabulary")
     train.add_argument("sources", nargs="+", help="text, JSON lines, CSV or Parquet files, or folders of them")
     train.add_argument("--vocab-size", type=int, default=32000, help="tokens, bytes and special tokens included")
@@ -22,7 +22,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--overwrite", "--force", action="store_true", help="replace a tokenizer that is there")
     show = verbs.add_parser("show", help="colour the tokens of a text")
     show.add_argument("tokenizer", help="a tokenizer or model directory")
-    show.add_argument("text")
+    show.add_argument("text", help="what to cut into tokens")
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -34,15 +34,17 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.show:
         print(recipes.dump(recipe), end="")
         return
+    from moai_llm.data.shards import Store
     from moai_llm.inference.generate import resolve_model
     from moai_llm.training.loop import train
 
     if recipe.train.init_from and not (arguments.resume and not Path(recipe.train.init_from).exists()):
         recipe.train.init_from = str(resolve_model(recipe.train.init_from))
     trained = train(recipe, hooks=make_hooks(recipe), resume=arguments.resume, fresh=arguments.fresh)
-    if trained.finished:
-        out = recipe.train.out
-        print(f"saved {trained.checkpoint}. Next: moai generate {out} --prompt TEXT, or moai chat {out}")
+    if trained.finished and recipe.data.train:
+        chats = Store(recipe.data.train).manifest.kind == "chat"
+        use = f"moai chat {recipe.train.out}" if chats else f"moai generate {recipe.train.out} --prompt TEXT"
+        print(f"saved {trained.checkpoint}. Next: {use}")
 
 
 def make_hooks(recipe: Recipe) -> list[Hook]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import io
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from moai_llm.cli import COMMANDS, main
+from moai_llm.cli import COMMANDS, Parser, main
 from moai_llm.tokenizer import Tokenizer
 
 Moai = Callable[..., str]
@@ -72,7 +74,8 @@ def test_from_text_to_chat(moai: Moai, tmp_path: Path, text_file: Path, monkeypa
         *small,
     )
     assert "train 20/20  loss" in output and "bits_per_byte" in output
-    moai(
+    assert "Next: moai generate" in output and "moai chat" not in output
+    output = moai(
         "train",
         "moai-3b-tiny",
         f"data.train={talk}",
@@ -81,6 +84,7 @@ def test_from_text_to_chat(moai: Moai, tmp_path: Path, text_file: Path, monkeypa
         f"train.out={tuned}",
         *small,
     )
+    assert "Next: moai chat" in output and "moai generate" not in output
     assert moai("generate", base, "--prompt", "Document", "--max-new-tokens", 5, "--temperature", 0).startswith(
         "Document"
     )
@@ -111,6 +115,22 @@ def test_conversations(moai: Moai, fails: Moai, tmp_path: Path, tokenizer: Token
     message = fails(*prepare, "--overwrite")
     assert "no pad_token: name one of its special tokens (<|endoftext|>, <|pad|>" in message
     assert (out / "manifest.json").is_file()
+
+
+def parsers_of(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from parsers_of(child)
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_every_argument_says_what_it_is(verb: str) -> None:
+    parser = Parser(prog=verb)
+    importlib.import_module(COMMANDS[verb][0]).configure(parser)
+    arguments = [action for child in parsers_of(parser) for action in child._actions]
+    assert not [a.dest for a in arguments if not a.help and not isinstance(a, argparse._SubParsersAction)]
 
 
 def test_recipes(moai: Moai) -> None:
@@ -165,6 +185,9 @@ def test_mistakes(fails: Moai, arguments: list[str], message: str) -> None:
         (["data", "prepare", "x", "--tokeniser", "t", "--out", "o"], "required: --tokenizer"),
         (["eval", "perplexity", "m", "--windw", "3"], "did you mean --window?"),
         (["tokenizer", "trane"], "invalid choice: 'trane'"),
+        (["tokenizer"], "required: {train,show}"),
+        (["data"], "required: {prepare,info,show}"),
+        (["eval"], "required: perplexity"),
         (["generate", "m", "--prompt", "x", "--top-k", "many"], "invalid int value: 'many'"),
     ],
 )

@@ -51,6 +51,9 @@ def test_own_text_then_again_then_other_options(
     assert (out / "model" / "model.safetensors").read_bytes() == weights
     with pytest.raises(SystemExit, match="holds a quickstart with other options .*steps 4 -> 5.*--fresh"):
         quickstart(capsys, *small, "--steps", 5)
+    with pytest.raises(SystemExit, match="nowhere: no such file or folder"):
+        quickstart(capsys, *small, "--text", tmp_path / "nowhere", "--fresh")
+    assert (out / "model" / "model.safetensors").is_file()  # nothing is deleted before that is known
     assert "pretrain 5/5" in quickstart(capsys, *small, "--steps", 5, "--fresh")
 
 
