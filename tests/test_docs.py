@@ -123,7 +123,6 @@ def test_the_steps_of_the_readme_run(
     (tmp_path / "my_text").mkdir()
     text = "".join(f"Document {i} says that the deposit earns interest {i * 7}. 이자가 붙어요. " for i in range(60))
     (tmp_path / "my_text" / "a.txt").write_text(text, encoding="utf-8")
-    (tmp_path / "held_out.txt").write_text(text[500:900], encoding="utf-8")
     chats = [
         {"question": f"What is {i}?", "answer": f"A number, {i}."}
         if i % 2

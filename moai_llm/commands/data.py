@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -27,6 +28,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="the records are conversations: learn what the assistant says"
     )
     prepare.add_argument("--column", help="column that holds the text; found by itself when it has a usual name")
+    prepare.add_argument("--valid", help="a second store, for what is held out for evaluation")
+    prepare.add_argument(
+        "--valid-share", type=float, default=0.02, help="the share of the documents that --valid gets (default 0.02)"
+    )
     prepare.add_argument("--overwrite", action="store_true", help="replace a store that is there")
     info = verbs.add_parser("info", help="what is in a store")
     info.add_argument("store", help="a prepared store")
@@ -42,24 +47,35 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from moai_llm.data.prepare import prepare
-    from moai_llm.data.shards import Store
+    from moai_llm.data.prepare import Part, prepare
+    from moai_llm.data.shards import Store, refuse_existing
     from moai_llm.tokenizer import load_tokenizer
 
-    console = make_console()
-    with console.status("reading ...") as status:
-        report = prepare(
-            arguments.sources,
-            load_tokenizer(arguments.tokenizer),
-            arguments.out,
-            kind="chat" if arguments.chat else "text",
-            column=arguments.column,
-            overwrite=arguments.overwrite,
-            progress=lambda documents, tokens: status.update(f"{documents:,} documents, {tokens:,} tokens"),
-        )
-    show_report(console, report)
-    _warn_of_long_conversations(console, Store(arguments.out))
-    console.print(f"written to {arguments.out}. Next: moai train RECIPE data.train={arguments.out}")
+    console, tokenizer = make_console(), load_tokenizer(arguments.tokenizer)
+    parts: list[tuple[Part | None, str]] = [(None, arguments.out)]
+    if arguments.valid:
+        parts = [("valid", arguments.valid), ("train", arguments.out)]
+    for _, out in parts:
+        refuse_existing(Path(out), arguments.overwrite)
+    for part, out in parts:
+        with console.status("reading ...") as status:
+            report = prepare(
+                arguments.sources,
+                tokenizer,
+                out,
+                kind="chat" if arguments.chat else "text",
+                column=arguments.column,
+                part=part,
+                valid_share=arguments.valid_share,
+                overwrite=arguments.overwrite,
+                progress=lambda documents, tokens: status.update(f"{documents:,} documents, {tokens:,} tokens"),
+            )
+        if part:
+            console.print(f"{part}: {out}")
+        show_report(console, report)
+        _warn_of_long_conversations(console, Store(out))
+    more = f" data.valid={arguments.valid}" if arguments.valid else ""
+    console.print(f"written to {arguments.out}. Next: moai train RECIPE data.train={arguments.out}{more}")
 
 
 def _warn_of_long_conversations(console: Console, store: Store) -> None:

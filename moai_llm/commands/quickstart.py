@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 STAGES = ("tokenizer", "data", "pretrain", "sft", "model")
 QUESTIONS = ("복리가 뭐예요?", "What is inflation?", "日本の首都はどこですか?")
-VALID_SHARE = 20  # every 20th document is held out
+ONE_OF = 20  # documents is held out
 # fine-tuning: the same recipe, short rows, a few dozen passes over a few hundred conversations
 SFT = (
     "data.seq_len=192", "train.micro_batch_size=21", "schedule.decay=0.5", "eval.every=0",
@@ -133,14 +133,17 @@ def _tokenizer(out: Path, arguments: argparse.Namespace, console: Any) -> Any:
 
 def _data(out: Path, arguments: argparse.Namespace, tokenizer: Any, console: Any) -> None:
     from moai_llm.commands.data import show_report
-    from moai_llm.data.prepare import prepare_chats, prepare_texts
+    from moai_llm.data.prepare import Part, prepare_chats, prepare_texts, split_texts
     from moai_llm.data.shards import Store
+
+    def part(name: Part) -> Iterable[tuple[str, str]]:
+        return split_texts(_texts(arguments), name, ONE_OF)
 
     sources = arguments.text or ["the Python standard library"]
     jobs = {
-        "valid": lambda path: prepare_texts(_held_out(_texts(arguments), True), tokenizer, path, sources),
+        "valid": lambda path: prepare_texts(part("valid"), tokenizer, path, sources),
         "sft": lambda path: prepare_chats(_conversations(), tokenizer, path, ["embedded instructions"]),
-        "pretrain": lambda path: prepare_texts(_held_out(_texts(arguments), False), tokenizer, path, sources),
+        "pretrain": lambda path: prepare_texts(part("train"), tokenizer, path, sources),
     }
     for name, job in jobs.items():
         path = out / "data" / name
@@ -149,17 +152,6 @@ def _data(out: Path, arguments: argparse.Namespace, tokenizer: Any, console: Any
         else:
             console.print(f"{name}:")
             show_report(console, job(path))
-
-
-def _held_out(texts: Iterable[tuple[str, str]], wanted: bool) -> Iterable[tuple[str, str]]:
-    """Every 20th document for evaluation, the others for training; of fewer documents, the last twentieth of each."""
-    documents = list(texts)
-    if len(documents) >= VALID_SHARE:
-        yield from (d for i, d in enumerate(documents) if (i % VALID_SHARE == 0) == wanted)
-        return
-    for text, place in documents:
-        border = len(text) - len(text) // VALID_SHARE
-        yield (text[border:] if wanted else text[:border]), place
 
 
 def _conversations() -> Iterable[tuple[Any, str]]:

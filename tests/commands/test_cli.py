@@ -117,6 +117,16 @@ def test_conversations(moai: Moai, fails: Moai, tmp_path: Path, tokenizer: Token
     assert (out / "manifest.json").is_file()
 
 
+def test_a_part_is_held_out(moai: Moai, fails: Moai, tmp_path: Path, text_file: Path, tokenizer: Tokenizer) -> None:
+    prepare = ("data", "prepare", text_file, "--tokenizer", tokenizer.save(tmp_path / "tok"), "--out", tmp_path / "out")
+    held_out = ("--valid", tmp_path / "valid", "--valid-share", 0.1)
+    output = moai(*prepare, *held_out)
+    assert "train: " in output and "valid: " in output and f"data.valid={tmp_path / 'valid'}" in output
+    documents = [re.search(r"documents +(\d+)", moai("data", "info", tmp_path / name)) for name in ("out", "valid")]
+    assert [int(found[1]) for found in documents if found] == [36, 4]
+    assert "exists already" in fails(*prepare, *held_out)
+
+
 def parsers_of(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     yield parser
     for action in parser._actions:

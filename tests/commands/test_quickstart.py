@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moai_llm.cli import main
-from moai_llm.commands.quickstart import QUESTIONS, VALID_SHARE, _held_out
+from moai_llm.commands.quickstart import QUESTIONS
 from moai_llm.data.embedded import instructions, library_texts
 
 
@@ -107,14 +107,6 @@ def test_unusable_text(
     (tmp_path / name).write_bytes(content)
     with pytest.raises(SystemExit, match=message):
         quickstart(capsys, "--text", tmp_path / name, "--out", tmp_path / "out", "--steps", 1)
-
-
-def test_held_out_text_is_not_trained_on() -> None:
-    many = [(f"text {i}", str(i)) for i in range(3 * VALID_SHARE)]
-    held, kept = list(_held_out(many, True)), list(_held_out(many, False))
-    assert len(held) == 3 and sorted(held + kept) == sorted(many)
-    ((start, _),), ((end, _),) = _held_out([("x" * 99 + "y", "one")], False), _held_out([("x" * 99 + "y", "one")], True)
-    assert start + end == "x" * 99 + "y" and end.endswith("y")
 
 
 def test_the_embedded_text_is_there() -> None:
