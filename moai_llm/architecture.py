@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-TOKEN_MIXER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
-CHANNEL_MIXER_TYPES = ("dense", "sparse", "none")
+# what a config may name; `register_token_mixer` and `register_channel_mixer` (modeling/decoder.py) add to these
+TOKEN_MIXER_TYPES = ["full_attention", "sliding_attention", "linear_attention"]
+CHANNEL_MIXER_TYPES = ["dense", "sparse", "none"]
 # of transformers' activations those that need no parameters of their own; a test compares them
 ACTIVATIONS = (
     "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
@@ -198,6 +199,9 @@ class Architecture:
             "sparse": expert * self.num_experts + router,
             "none": 0,
         }
+        for kind in (*self.layer_types, *self.mlp_layer_types):
+            if kind not in mixers and kind not in mlps:
+                raise ValueError(f"the parameters of {kind!r} are not known here: build the model and count them")
         positions = self.max_position_embeddings * h if self.position_embedding == "learned" else 0
         norms = self.num_hidden_layers + sum(kind != "none" for kind in self.mlp_layer_types) + 1
         parts = {

@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moai_llm.cli import COMMANDS, Parser, main
+from moai_llm.commands import train
 from moai_llm.tokenizer import Tokenizer
 
 Moai = Callable[..., str]
@@ -97,10 +99,10 @@ def test_from_text_to_chat(moai: Moai, tmp_path: Path, text_file: Path, monkeypa
 
 
 def test_a_tokenizer_is_not_overwritten(moai: Moai, fails: Moai, tmp_path: Path, text_file: Path) -> None:
-    train = ("tokenizer", "train", text_file, "--out", tmp_path / "tok", "--vocab-size")
-    moai(*train, 300)
-    assert "holds a tokenizer already: choose another --out or pass --overwrite" in fails(*train, 280)
-    assert "280 tokens" in moai(*train, 280, "--overwrite")
+    learn = ("tokenizer", "train", text_file, "--out", tmp_path / "tok", "--vocab-size")
+    moai(*learn, 300)
+    assert "holds a tokenizer already: choose another --out or pass --overwrite" in fails(*learn, 280)
+    assert "280 tokens" in moai(*learn, 280, "--overwrite")
 
 
 def test_conversations(moai: Moai, fails: Moai, tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -125,6 +127,15 @@ def test_a_part_is_held_out(moai: Moai, fails: Moai, tmp_path: Path, text_file: 
     documents = [re.search(r"documents +(\d+)", moai("data", "info", tmp_path / name)) for name in ("out", "valid")]
     assert [int(found[1]) for found in documents if found] == [36, 4]
     assert "exists already" in fails(*prepare, *held_out)
+
+
+def test_the_examples_of_train_help(moai: Moai) -> None:
+    """Each is taken as it stands, and says exactly once how long to train."""
+    lines = [line for line in (train.__doc__ or "").splitlines() if line.startswith("moai train moai")]
+    assert len(lines) == 2
+    for line in lines:
+        tree = yaml.safe_load(moai(*line.split()[1:], "--show"))
+        assert sum(tree["train"][name] is not None for name in ("steps", "tokens", "epochs")) == 1
 
 
 def parsers_of(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
