@@ -26,8 +26,9 @@ STAGES = ("tokenizer", "data", "pretrain", "sft", "model")
 QUESTIONS = ("복리가 뭐예요?", "What is inflation?", "日本の首都はどこですか?")
 ONE_OF = 20  # documents is held out
 # fine-tuning: the same recipe, short rows, a few dozen passes over a few hundred conversations
+SFT_ROW = 192
 SFT = (
-    "data.seq_len=192", "train.micro_batch_size=21", "schedule.decay=0.5", "eval.every=0",
+    f"data.seq_len={SFT_ROW}", "train.micro_batch_size=21", "schedule.decay=0.5", "eval.every=0",
 )  # fmt: skip
 
 
@@ -142,7 +143,7 @@ def _data(out: Path, arguments: argparse.Namespace, tokenizer: Any, console: Any
     sources = arguments.text or ["the Python standard library"]
     jobs = {
         "valid": lambda path: prepare_texts(part("valid"), tokenizer, path, sources),
-        "sft": lambda path: prepare_chats(_conversations(), tokenizer, path, ["embedded instructions"]),
+        "sft": lambda path: prepare_chats(_conversations(tokenizer), tokenizer, path, ["embedded instructions"]),
         "pretrain": lambda path: prepare_texts(part("train"), tokenizer, path, sources),
     }
     for name, job in jobs.items():
@@ -154,15 +155,20 @@ def _data(out: Path, arguments: argparse.Namespace, tokenizer: Any, console: Any
             show_report(console, job(path))
 
 
-def _conversations() -> Iterable[tuple[Any, str]]:
-    """The instructions, alone and strung together three at a time: in a chat a question follows on others."""
+def _conversations(tokenizer: Any) -> Iterable[tuple[Any, str]]:
+    """The instructions, alone and strung together three at a time, or as many as fit into a row: in a chat a question
+    follows on others.
+    """
     from moai_llm.data.embedded import instructions
+    from moai_llm.tokenizer.chat import render
 
     single = list(instructions())
     yield from single
     order = random.Random(0).sample(single, len(single))
     for group in zip(*[iter(order)] * 3):
         turns = [m for messages, _ in group for m in messages if m["role"] != "system"]
+        while len(turns) > 2 and len(render(tokenizer, turns).ids) > SFT_ROW:
+            del turns[-2:]
         yield turns, ", ".join(place for _, place in group)
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from moai_llm.cli import main
-from moai_llm.commands.quickstart import QUESTIONS
+from moai_llm.commands.quickstart import QUESTIONS, SFT_ROW, _conversations
 from moai_llm.data.embedded import instructions, library_texts
+from moai_llm.tokenizer import Tokenizer
+from moai_llm.tokenizer.chat import render
 
 
 def quickstart(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -116,6 +118,13 @@ def test_the_embedded_text_is_there() -> None:
         p for _, p in texts
     }
     assert len(list(instructions())) >= 300
+
+
+def test_instructions_strung_together_fit_into_a_row(tokenizer: Tokenizer) -> None:
+    strung = list(_conversations(tokenizer))[len(list(instructions())) :]
+    lengths = [len(render(tokenizer, messages).ids) for messages, _ in strung if len(messages) > 2]
+    assert len(lengths) > 50 and max(lengths) <= SFT_ROW
+    assert all(messages[-1]["role"] == "assistant" for messages, _ in strung)
 
 
 @pytest.mark.slow
