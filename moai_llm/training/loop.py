@@ -135,7 +135,8 @@ def train(
             _require_finite(result, step, checkpoints)
             targets_seen, load, done = targets_seen + result.targets, result.expert_load, step + 1
             since += batch["input_ids"].numel()
-            last = done == total or stop.is_set()
+            stopping = stop.is_set()  # asked once a step: a signal that comes later is seen after the next one
+            last = done == total or stopping
             if done % recipe.log.every == 0 or last or done == 1:
                 now = time.perf_counter()
                 monitor.log(
@@ -156,7 +157,7 @@ def train(
             if recipe.eval.every and done % recipe.eval.every == 0 and not last or done == total:
                 _run_hooks(hooks, done, model, monitor)
                 clock, since = time.perf_counter(), 0
-            if stop.is_set():
+            if stopping:
                 monitor.note(f"stopped after step {done} of {total}: {latest}; go on with --resume")
                 break
     assert latest is not None

@@ -21,6 +21,7 @@ from moai_llm.commands.train import make_hooks
 from moai_llm.config import MoaiConfig
 from moai_llm.inference.generate import load_model
 from moai_llm.runtime import MoaiError
+from moai_llm.training import loop
 from moai_llm.training.checkpoint import STATE
 from moai_llm.training.monitor import duration, read_metrics
 from tests.training.conftest import MakeRecipe, train
@@ -294,6 +295,19 @@ def test_sigterm_saves_and_leaves_cleanly(make_recipe: MakeRecipe, tmp_path: Pat
     (checkpoint,) = (Path(recipe.train.out) / "checkpoints").iterdir()
     state = json.loads((checkpoint / STATE / "state.json").read_text())
     assert state["step"] == read_metrics(log)[-1]["step"]
+
+
+def test_a_signal_at_any_moment_of_a_step_saves(make_recipe: MakeRecipe) -> None:
+    """Here while a hook runs, after the step was found not to be the last."""
+
+    def hook(step: int, model: object) -> dict[str, float]:
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    recipe = make_recipe("checkpoint.every=1000", "eval.every=2")
+    trained = loop.train(recipe, hooks=[hook], quiet=True)
+    assert not trained.finished and trained.checkpoint.name == "step-00000003"
 
 
 def test_durations() -> None:
