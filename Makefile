@@ -56,6 +56,7 @@ docs: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
+	$(BIN)/python -m pip install -q --no-deps "litgpt>=0.5.13"  # it pins an old huggingface_hub, which transformers refuses
 	$(BIN)/python -m benchmarks.run $(ARGS)
 
 clean:

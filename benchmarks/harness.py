@@ -1,7 +1,8 @@
-"""Measure candidates against each other fairly: one process, one after the other in every round, medians, correctness first.
+"""Measure candidates against each other fairly: one process, one after the other in every round, medians, correctness
+first.
 
-Wall time is what a user waits, CPU time what the work costs (on a busy machine the steadier of the two). A comparison whose
-candidates do not agree with the truth is refused: a fast wrong answer is not a result.
+Wall time is what a user waits, CPU time what the work costs (on a busy machine the steadier of the two). A comparison
+whose candidates do not agree with the truth is refused: a fast wrong answer is not a result.
 """
 
 from __future__ import annotations
@@ -65,7 +66,12 @@ class Table:
         print("  " + self.verdicts[-1], flush=True)
 
     def markdown(self) -> str:
-        lines = [f"## {self.title}", "", f"| {' | '.join(self.columns)} |", "|---" + "|--:" * (len(self.columns) - 1) + "|"]
+        lines = [
+            f"## {self.title}",
+            "",
+            f"| {' | '.join(self.columns)} |",
+            "|---" + "|--:" * (len(self.columns) - 1) + "|",
+        ]
         lines += [f"| {' | '.join(row)} |" for row in self.rows]
         return "\n".join([*lines, "", *(f"- {verdict}" for verdict in self.verdicts)]) + "\n"
 
@@ -146,11 +152,10 @@ def environment() -> dict[str, str]:
     """What the numbers depend on."""
     import transformers
 
-    cpu = platform.processor()
-    try:
-        cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
+    cpu, info = platform.processor(), Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text().splitlines()
+        cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         "cpu": f"{cpu}, {os.cpu_count()} cores",
         "python": platform.python_version(),

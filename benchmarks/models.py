@@ -1,4 +1,6 @@
-"""Equal models of several libraries: the same sizes, the same weights, so that the same batch must give the same loss."""
+"""Equal models of several libraries: the same sizes, the same weights, so that the same batch must give the same
+loss.
+"""
 
 from __future__ import annotations
 

@@ -23,7 +23,9 @@ BENCHMARKS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", choices=[[], *BENCHMARKS], help=", ".join(BENCHMARKS))
-    parser.add_argument("--quick", action="store_true", help="fewer rounds and sizes, to see that it runs; writes nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds and sizes, to see that it runs; writes nothing"
+    )
     arguments = parser.parse_args()
     from benchmarks.harness import save
     from moai_llm.runtime import keep_freed_memory

@@ -1,4 +1,6 @@
-"""The selective scan: ours without and with a compiler, the plain loop, mambapy's parallel scan, transformers' CPU path."""
+"""The selective scan: ours without and with a compiler, the plain loop, mambapy's parallel scan, transformers' CPU
+path.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def ours(name: str) -> Scan:
 
 
 def indexing_loop(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor) -> Tensor:
-    """The loop as it is usually written, one index per step and tensor; each index costs a whole tensor in the backward."""
+    """The loop as it is usually written, one index per step and tensor; each index costs a whole tensor in the
+    backward.
+    """
     h, outputs = x.new_zeros(x.shape[0], x.shape[2], A.shape[1]), []
     for t in range(x.shape[1]):
         h = torch.exp(delta[:, t, :, None] * A) * h + (delta[:, t] * x[:, t])[..., None] * B[:, t, None, :]

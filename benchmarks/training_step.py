@@ -1,4 +1,6 @@
-"""A training step (forward, backward, fused AdamW) of equal models: ours, transformers, litgpt. Same weights, same batch."""
+"""A training step (forward, backward, fused AdamW) of equal models: ours, transformers, litgpt. Same weights, same
+batch.
+"""
 
 from __future__ import annotations
 
@@ -53,20 +55,23 @@ def stepper(model: nn.Module, ids: Tensor, bf16: bool = False, **scan: str) -> S
     return step
 
 
-def require_same_losses(steps: dict[str, Step], tolerance: float, count: int = 2) -> None:
-    """The first steps of all candidates give the same losses: same function, same gradients, same update.
+def require_same_losses(steps: dict[str, Step], count: int = 2) -> None:
+    """The first steps of all candidates give the losses of the first one: same function, same gradients, same update.
 
     Raises:
-        Disagreement: they do not.
+        Disagreement: they differ by more than 1e-4 of it, 1e-2 where computed in bf16.
     """
     losses = {name: [step() for _ in range(count)] for name, step in steps.items()}
     first = next(iter(losses.values()))
     for name, values in losses.items():
-        if any(abs(a - b) > tolerance for a, b in zip(values, first)):
+        tolerance = 1e-2 if "bf16" in name else 1e-4
+        if any(abs(a - b) > tolerance * b for a, b in zip(values, first)):
             raise Disagreement(f"losses of {name} are {values}, those of the first candidate {first}")
 
 
-def measure(title: str, steps: dict[str, Step], tokens: int, rounds: int, baseline: str) -> tuple[Table, dict[str, Timing]]:
+def measure(
+    title: str, steps: dict[str, Step], tokens: int, rounds: int, baseline: str
+) -> tuple[Table, dict[str, Timing]]:
     print(title)
     timings = interleave(steps, rounds)
     table = Table(title, ("step", "tokens/s", "ms (wall)", "ms (CPU)", f"speed, {baseline} = 1"))
@@ -86,9 +91,11 @@ def dense(vocab: int, rounds: int) -> Table:
             "litgpt": models.Litgpt(models.qwen3(vocab)),
         }
         named = {f"{name}, {'bf16' if bf16 else 'fp32'}": stepper(model, ids, bf16) for name, model in made.items()}
-        require_same_losses(named, 0.05 if bf16 else 1e-3)
+        require_same_losses(named)
         steps |= named
-    table, t = measure(f"Dense, {VOCABS[vocab]}, 2 x 512 tokens", steps, ids.numel(), rounds, "transformers Qwen3, fp32")
+    table, t = measure(
+        f"Dense, {VOCABS[vocab]}, 2 x 512 tokens", steps, ids.numel(), rounds, "transformers Qwen3, fp32"
+    )
     for precision in ("fp32", "bf16"):
         for peer in ("transformers Qwen3", "litgpt"):
             ratio = t[f"ours, {precision}"].times_faster_than(t[f"{peer}, {precision}"])
@@ -106,7 +113,7 @@ def dense_compiled(vocab: int, rounds: int) -> Table:
         named = {"ours": own, "transformers Qwen3": torch.compile(peer)}
         precision = "bf16" if bf16 else "fp32"
         found = {f"{name}, {precision}": stepper(model, ids, bf16) for name, model in named.items()}
-        require_same_losses(found, 0.05 if bf16 else 1e-3)
+        require_same_losses(found)
         steps |= found
     title = f"Dense, compiled, {VOCABS[vocab]}, 2 x 512 tokens"
     table, t = measure(title, steps, ids.numel(), rounds, "transformers Qwen3, fp32")
@@ -119,7 +126,7 @@ def dense_compiled(vocab: int, rounds: int) -> Table:
 def mixture(rounds: int) -> Table:
     ids = batch(8192)
     steps: dict[str, Step] = {}
-    peers = ("eager", "grouped_mm", "batched_mm")
+    peers = ("eager", "grouped_mm")  # batched_mm copies an expert per token: gigabytes and minutes at this size
     for bf16 in (False, True):
         own = models.ours(models.qwen3_moe(8192, "eager"))
         own.config.router_aux_loss_coef = 0.0  # as in the peers: their value of it is another one
@@ -127,7 +134,7 @@ def mixture(rounds: int) -> Table:
         found = {f"ours, {precision}": stepper(own, ids, bf16)}
         for name in peers:
             found[f"transformers {name}, {precision}"] = stepper(models.qwen3_moe(8192, name), ids, bf16)
-        require_same_losses(found, 0.05 if bf16 else 1e-3)
+        require_same_losses(found)
         steps |= found
     title = "Mixture of experts, 8 experts, top-2, every second layer, vocabulary 8k, 2 x 512 tokens"
     table, t = measure(title, steps, ids.numel(), rounds, "transformers grouped_mm, fp32")
@@ -150,7 +157,7 @@ def state_space(quick: bool) -> list[Table]:
             "transformers Mamba": stepper(models.mamba(8192), ids),
         }
         fast = {name: step for name, step in steps.items() if name != "transformers Mamba"}
-        require_same_losses(fast if length > 128 else steps, 0.05)
+        require_same_losses(fast if length > 128 else steps)
         title = f"Mamba, 8.9M parameters, vocabulary 8k, 2 x {length} tokens, fp32 where not said"
         print(title)
         t = interleave(fast, 3 if quick else 9)
@@ -160,10 +167,8 @@ def state_space(quick: bool) -> list[Table]:
             peer = t["transformers Mamba"].wall
             table.add(name, ids.numel() / found.wall, found.wall * 1e3, found.cpu * 1e3, peer / found.wall)
         for name in ("native", "torch"):
-            mine = t[f"ours, {name} scan"]
-            table.goal(f"{name} scan against transformers, T = {length}", t["transformers Mamba"].wall / mine.wall, goal)
-            ratio = mine.times_faster_than(t["transformers with mambapy"])
-            table.goal(f"{name} scan against transformers with mambapy, T = {length}", ratio, 3.0)
+            ratio = t["transformers Mamba"].wall / t[f"ours, {name} scan"].wall
+            table.goal(f"{name} scan against transformers, T = {length}", ratio, goal)
         tables.append(table)
     return tables
 
@@ -199,8 +204,11 @@ def defaults(rounds: int) -> Table:
         theirs.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    steps: dict[str, Step] = {f"ours, defaults ({precision.name})": our_step, "transformers, defaults (fp32)": their_step}
-    require_same_losses(steps, 0.05)
+    steps: dict[str, Step] = {
+        f"ours, defaults ({precision.name})": our_step,
+        "transformers, defaults (fp32)": their_step,
+    }
+    require_same_losses(steps)
     title = f"Default settings, 12.6M parameters, packed rows of {len(lengths)} documents, 2 x {length} tokens"
     table, t = measure(title, steps, ids.numel(), rounds, "transformers, defaults (fp32)")
     mine, other = t.values()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moai_llm.config import MoaiConfig
+from moai_llm.modeling.linear import Linear
 from moai_llm.modeling.normalization import RMSNorm
 from moai_llm.ops.attention import attention, attention_reference
 from moai_llm.ops.rotary import apply_rotary
@@ -27,10 +28,10 @@ class Attention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         width, heads, bias = config.hidden_size, config.num_attention_heads * self.head_dim, config.attention_bias
         keys = config.num_key_value_heads * self.head_dim
-        self.q_proj = nn.Linear(width, heads, bias=bias)
-        self.k_proj = nn.Linear(width, keys, bias=bias)
-        self.v_proj = nn.Linear(width, keys, bias=bias)
-        self.o_proj = nn.Linear(heads, width, bias=bias)
+        self.q_proj = Linear(width, heads, bias=bias)
+        self.k_proj = Linear(width, keys, bias=bias)
+        self.v_proj = Linear(width, keys, bias=bias)
+        self.o_proj = Linear(heads, width, bias=bias)
         self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps) if config.use_qk_norm else nn.Identity()
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from moai_llm.config import MoaiConfig
+from moai_llm.modeling.linear import Linear
 from moai_llm.modeling.normalization import RMSNorm
 from moai_llm.ops.causal_conv1d import causal_conv1d, conv_tail
-from moai_llm.ops.selective_scan import selective_scan, selective_scan_step
+from moai_llm.ops.mamba_step import StepWeights, mamba_step
+from moai_llm.ops.selective_scan import selective_scan
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 1e-1, 1e-4  # range of the initial step sizes, as published
 
@@ -31,19 +33,19 @@ class Mamba(nn.Module):
         super().__init__()
         assert config.ssm_dt_rank is not None
         width, inner = config.hidden_size, config.ssm_expand * config.hidden_size
-        self.layer_idx, self.kernel = layer_idx, config.conv_kernel_size
+        self.layer_idx, self.kernel, self.eps = layer_idx, config.conv_kernel_size, config.rms_norm_eps
         self.sizes = [config.ssm_dt_rank, config.ssm_state_size, config.ssm_state_size]
         # x and z apart, so that tensor parallelism can split both by channels
-        self.in_proj_x = nn.Linear(width, inner, bias=False)
-        self.in_proj_z = nn.Linear(width, inner, bias=False)
+        self.in_proj_x = Linear(width, inner, bias=False)
+        self.in_proj_z = Linear(width, inner, bias=False)
         self.conv_weight = nn.Parameter(torch.empty(inner, self.kernel))
         self.conv_bias = nn.Parameter(torch.empty(inner)) if config.conv_bias else None
-        self.x_proj = nn.Linear(inner, sum(self.sizes), bias=False)
-        self.dt_proj = nn.Linear(config.ssm_dt_rank, inner, bias=False)
+        self.x_proj = Linear(inner, sum(self.sizes), bias=False)
+        self.dt_proj = Linear(config.ssm_dt_rank, inner, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(inner, dtype=torch.float32))
         self.A_log = nn.Parameter(torch.empty(inner, config.ssm_state_size, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(inner, dtype=torch.float32))
-        self.out_proj = nn.Linear(inner, width, bias=False)
+        self.out_proj = Linear(inner, width, bias=False)
         norms = [RMSNorm(size, config.rms_norm_eps) if config.ssm_norm else nn.Identity() for size in self.sizes]
         self.dt_norm, self.B_norm, self.C_norm = norms
 
@@ -85,24 +87,30 @@ class Mamba(nn.Module):
         u, z = self.in_proj_x(x_BLD), self.in_proj_z(x_BLD)
         layer: Any = None if cache is None else cache.layers[self.layer_idx]
         continues = layer is not None and layer.has_previous_state[0]
+        if continues and u.shape[1] == 1 and not getattr(layer, "record_past", False):
+            states = layer.conv_states[0], layer.recurrent_states[0]
+            return self.out_proj(mamba_step(u[:, 0], z[:, 0], *states, self._step_weights())[:, None])
         past = layer.conv_states[0].transpose(1, 2)[:, 1:] if continues else None
         inputs = u
         u = F.silu(causal_conv1d(inputs, self.conv_weight, self.conv_bias, seq_idx=seq_idx, state=past))
         if layer is not None:  # after the convolution: the update overwrites what `past` looks at
             tail = conv_tail(inputs, self.kernel, seq_idx)  # transformers keeps K columns, one more than a step needs
             cache.update_conv_state(tail.transpose(1, 2), self.layer_idx, conv_kernel_size=self.kernel)
+        state = layer.recurrent_states[0] if continues else None
         dt, B, C = self.x_proj(u).split(self.sizes, -1)
         dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         delta = F.softplus(self.dt_proj(dt).to(self.dt_bias.dtype) + self.dt_bias)
         A = -torch.exp(self.A_log)
-        if continues and u.shape[1] == 1:
-            state = layer.recurrent_states[0]
-            y = selective_scan_step(state, u[:, 0], delta[:, 0], A, B[:, 0], C[:, 0], self.D)[:, None]
-        else:
-            state = layer.recurrent_states[0] if continues else None
-            y, final = selective_scan(
-                u, delta, A, B, C, self.D, seq_idx=seq_idx, initial_state=state, return_final_state=True
-            )
-            if layer is not None:
-                cache.update_recurrent_state(final, self.layer_idx)
+        y, final = selective_scan(
+            u, delta, A, B, C, self.D, seq_idx=seq_idx, initial_state=state, return_final_state=True
+        )
+        if layer is not None:
+            cache.update_recurrent_state(final, self.layer_idx)
         return self.out_proj(y * F.silu(z))
+
+    def _step_weights(self) -> StepWeights:
+        dt_norm, B_norm, C_norm = (getattr(norm, "weight", None) for norm in (self.dt_norm, self.B_norm, self.C_norm))
+        return StepWeights(
+            self.eps, self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight, self.dt_bias,
+            self.A_log, self.D, dt_norm, B_norm, C_norm,
+        )  # fmt: skip

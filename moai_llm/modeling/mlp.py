@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from moai_llm.config import MoaiConfig
+from moai_llm.modeling.linear import Linear
 
 
 class MLP(nn.Module):
@@ -17,9 +18,9 @@ class MLP(nn.Module):
         super().__init__()
         assert config.intermediate_size is not None
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(width, inner, bias=bias) if config.mlp_gated else None
-        self.up_proj = nn.Linear(width, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, width, bias=bias)
+        self.gate_proj = Linear(width, inner, bias=bias) if config.mlp_gated else None
+        self.up_proj = Linear(width, inner, bias=bias)
+        self.down_proj = Linear(inner, width, bias=bias)
         self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 from moai_llm.config import MoaiConfig
 from moai_llm.losses import Loss, create_loss_function, shift_labels
 from moai_llm.modeling.decoder import DecoderLayer
+from moai_llm.modeling.linear import Linear
 from moai_llm.modeling.mamba import Mamba
 from moai_llm.modeling.moe import MoE, RouterSums
 from moai_llm.modeling.normalization import make_norm
@@ -222,7 +223,7 @@ class MoaiForCausalLM(MoaiPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = MoaiModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.objective: Loss = create_loss_function({"type": "cross_entropy"})
         self.post_init()
 

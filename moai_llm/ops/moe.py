@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moai_llm.ops.dispatch import Implementation, define
+from moai_llm.ops.linear import linear
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -96,7 +97,7 @@ def experts_forward(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, a
 def expert(x: Tensor, weights: tuple[Any, ...], gated: bool, act: Activation) -> Tensor:
     """One expert on (R, d); its weights are up, down and their biases or None."""
     up, down, up_bias, down_bias = weights
-    return F.linear(_activate(F.linear(x, up, up_bias), gated, act), down, down_bias)
+    return linear(_activate(linear(x, up, up_bias), gated, act), down, down_bias)
 
 
 def _activate(h: Tensor, gated: bool, act: Activation) -> Tensor:

@@ -88,6 +88,31 @@ inline float sum_lanes(vec v) {  // by halving
     return part[0];
 }
 
+// x . w, in fp32. Four sums in flight hide the latency of an addition.
+template <class T>
+float dot(const float* x, const T* w, idx count) {
+    vec a = {}, b = {}, c = {}, d = {};
+    idx i = 0;
+    for (; i + 4 * W <= count; i += 4 * W) {
+        a += load(x + i) * load(w + i);
+        b += load(x + i + W) * load(w + i + W);
+        c += load(x + i + 2 * W) * load(w + i + 2 * W);
+        d += load(x + i + 3 * W) * load(w + i + 3 * W);
+    }
+    for (; i < count; i += W) {
+        const int lanes = count - i < W ? int(count - i) : W;
+        a += load(x + i, lanes) * load(w + i, lanes);
+    }
+    return sum_lanes((a + b) + (c + d));
+}
+
+template <class T>
+T rounded(float value) {
+    T out[1];
+    store(out, splat(value), 1);
+    return out[0];
+}
+
 // 2^x with a relative error below 2e-7, and 0 far below the range of a float: 2^round(x) times a polynomial of the rest
 // (minimax on [-1/2, 1/2], and exactly 1 at 0: decays near 1 are what a long memory is made of).
 inline vec exp2(vec x) {
@@ -139,6 +164,12 @@ void parallel(int threads, idx tasks, const Run& run) {
         for (idx task; (task = job.next.fetch_add(1)) < job.tasks;) job.run(task, worker);
     };
     team(work, &job, unsigned(threads), 0);  // of the size that torch itself asks for: another would restart threads
+}
+
+// As many threads as have a megabyte to read each: to wake one takes as long as to read that.
+inline int worth_waking(int threads, idx bytes) {
+    const idx most = 1 + (bytes >> 21);
+    return most < threads ? int(most) : threads;
 }
 
 // Aligned memory for each worker, taken before they start: an exception must not leave a thread.

@@ -18,8 +18,11 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from moai_llm.ops.dispatch import Unavailable
 from moai_llm.runtime import cache_dir
@@ -183,3 +186,40 @@ def _openmp_parallel() -> int | None:
     except (OSError, AttributeError):
         return None
     return ctypes.cast(function, ctypes.c_void_p).value
+
+
+def raise_if_failed(code: int, function: Any, *_: Any) -> None:
+    """For `errcheck` of a kernel that returns 0, or 1 where there was no memory."""
+    if code:
+        raise MemoryError(f"{function.__name__} found no memory to work in")
+
+
+Random = Callable[..., torch.Tensor]
+
+
+def self_check(check: Callable[[Random], None]) -> None:
+    """Run `check(random)` whatever surrounds the first use (fake tensors, inference mode, autocast): a kernel that the
+    compiler got wrong must not answer anybody. `random(*shape)` is uniform in [-1/2, 1/2], always the same.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32).sub_(0.5)
+
+    with (
+        _disable_current_modes(),
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        check(random)
+
+
+def require_close(got: torch.Tensor, truth: torch.Tensor, tolerance: float) -> None:
+    """
+    Raises:
+        Unavailable: the built kernel is wrong.
+    """
+    error = float((got.double() - truth.double()).norm() / truth.double().norm())
+    if not error < tolerance:
+        raise Unavailable(f"the built library is wrong: a result is off by {error:.1e} in {got.dtype}")

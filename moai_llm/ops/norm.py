@@ -1,7 +1,8 @@
 """RMSNorm over the last dimension (arXiv 1910.07467).
 
 `torch` is the library's own function: one kernel on CUDA, and what torch.compile fuses. On a CPU the library runs it as
-a dozen small kernels forward and backward; `saved` keeps 1/rms and needs half of the passes over memory.
+a dozen small kernels forward and backward. In training `saved` keeps 1/rms and needs half of the passes over memory; in
+decoding `native` is one call.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moai_llm.ops.dispatch import Implementation, define
+
+FEW = 2**16  # elements below which one thread is enough
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -27,7 +30,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return _rms_norm(x, weight, eps, dtype)
+    few = x.numel() <= FEW and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return (_rms_norm_step if few else _rms_norm)(x, weight, eps, dtype)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -75,4 +79,13 @@ _rms_norm = define(
         "saved": Implementation(rms_norm_saved),
     },
     order={"cpu": ["saved"], "any": ["torch"]},
+)
+_rms_norm_step = define(
+    "rms_norm_step",
+    {
+        "reference": Implementation(rms_norm_reference),
+        "torch": Implementation(rms_norm_torch),
+        "native": Implementation("moai_llm.ops.norm_native:rms_norm_native", (torch.float32, torch.bfloat16)),
+    },
+    order={"cpu": ["native", "torch"], "any": ["torch"]},
 )

@@ -51,7 +51,8 @@ class _Rotation(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _rotate_once(grads[0], *ctx.saved_tensors, -1), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotate_once(grads[0], cos, sin, -1), None, None
 
 
 def _rotate_once(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:

@@ -20,16 +20,11 @@ from moai_llm.ops.selective_scan import check_shapes, needs_backward, register_s
 _library = native.load("selective_scan.cpp")
 
 
-def _raise_if_failed(code: int, *_: Any) -> None:
-    if code:
-        raise MemoryError("the native selective scan found no memory to work in")
-
-
 def _function(name: str, sizes: int, arrays: int) -> Any:
     """A function (sizes..., half precision, threads, arrays...) of the library."""
     function = getattr(_library, name)
     function.argtypes = [ctypes.c_int64] * sizes + [ctypes.c_int] * 2 + [ctypes.c_void_p] * arrays
-    function.errcheck = _raise_if_failed
+    function.errcheck = native.raise_if_failed
     return function
 
 

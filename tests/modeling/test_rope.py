@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 
 from moai_llm.modeling.rope import RotaryEmbedding
-from moai_llm.ops.rotary import apply_rotary, rotary_table
+from moai_llm.ops.rotary import apply_rotary, rotary_table, rotate
 from tests.conftest import tiny_config, tiny_model
 
 LONG = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 3.0, 4.0]}
@@ -120,3 +120,17 @@ def test_cached_equals_uncached_past_the_original_length(rule: str) -> None:
     for _ in range(30):
         again = torch.cat([again, model(again, use_cache=False, rope_length=40).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(generated, again)
+
+
+@pytest.mark.parametrize("rotated", [2, 6, 10])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_rotation_in_place_is_the_definition(rotated: int, dtype: torch.dtype) -> None:
+    """Outputs and gradients, of all or a part of the dimensions, from a transposed tensor."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 3, 10).to(dtype).transpose(1, 2).requires_grad_()
+    cos, sin = rotary_table(torch.randint(0, 50, (2, 7)), torch.rand(rotated // 2))
+    grad = torch.randn(2, 3, 7, 10).to(dtype)
+    got, truth = apply_rotary(x, cos, sin), rotate(x, cos[:, None], sin[:, None])
+    tolerance = 1e-12 if dtype == torch.float64 else 5e-2
+    for a, b in zip((got, torch.autograd.grad(got, x, grad)[0]), (truth, torch.autograd.grad(truth, x, grad)[0])):
+        assert a.dtype == b.dtype == dtype and (a - b).abs().max() < tolerance

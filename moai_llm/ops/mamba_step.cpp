@@ -1,0 +1,147 @@
+// One position of a Mamba-1 mixer, between its input and its output projections, for the CPU it is compiled on.
+//
+// The contract and the readable reference are in mamba_step.py, the Python side in mamba_step_native.py. Between the
+// pieces nothing is rounded: x, the projections and y are fp32 whatever the type of the weights.
+
+#include "native.h"
+
+#include <algorithm>
+#include <cmath>
+#include <new>
+
+using namespace moai;
+
+namespace {
+
+constexpr float LOG2E = 1.44269504f;
+constexpr idx PIECE = 256;  // channels a task
+
+// exp(-|x|) of a large |x| is 0 in fp32; past this nothing changes, and 2^x stays defined
+inline vec silu(vec x) { return x / (1.f + exp2(at_most(x * -LOG2E, 126.f))); }
+
+// max(x, 0) + log(1 + e) with e = exp(-|x|), by the series of 2 artanh(e / (2 + e)), whose argument is at most 1/3.
+inline vec softplus(vec x) {
+    const vec positive = at_least(x, 0.f), e = exp2(at_least(x - 2.f * positive, -80.f) * LOG2E), s = e / (2.f + e);
+    const vec t = s * s;
+    vec p = splat(1.f / 13);
+    for (const float term : {1.f / 11, 1.f / 9, 1.f / 7, 1.f / 5, 1.f / 3, 1.f}) p = p * t + term;
+    return positive + 2.f * s * p;
+}
+
+struct Shape {
+    idx batch, channels, states, rank, kernel;
+    idx projected() const { return rank + 2 * states; }
+};
+
+template <class T>
+struct Weights {
+    const T *conv, *conv_bias, *x_proj, *dt_proj, *norms[3];
+    const float *dt_bias, *A_log, *D;
+    float eps;
+};
+
+// Move the window on by one position and convolve it: state (D, K) gets u (D,) at its end, x = silu(bias + state . w).
+template <class T>
+void convolve(const Shape& s, const Weights<T>& w, idx first, idx count, const T* u, T* state, float* x) {
+    for (idx d = first; d < first + count; d++) {
+        T* window = state + d * s.kernel;
+        float sum = w.conv_bias ? load(w.conv_bias + d, 1)[0] : 0.f;
+        for (idx k = 0; k + 1 < s.kernel; k++) window[k] = window[k + 1];
+        window[s.kernel - 1] = u[d];
+        for (idx k = 0; k < s.kernel; k++) sum += load(window + k, 1)[0] * load(w.conv + d * s.kernel + k, 1)[0];
+        x[d] = sum;
+    }
+    for (idx d = first; d < first + count; d += W) {
+        const int lanes = int(std::min<idx>(W, first + count - d));
+        store(x + d, silu(load(x + d, lanes)), lanes);
+    }
+}
+
+template <class T>
+void normalise(float* x, idx count, const T* weight, float eps) {
+    const float inverse = 1.f / std::sqrt(dot(x, x, count) / float(count) + eps);
+    for (idx i = 0; i < count; i++) x[i] *= inverse * load(weight + i, 1)[0];
+}
+
+// Recurrence, skip and gate of some channels. The lanes are the states of one channel, as they lie in memory.
+template <class T>
+void advance(const Shape& s, const Weights<T>& w, idx first, idx count, const float* x, const float* projected,
+             float* state, const T* z, T* y) {
+    const float *B = projected + s.rank, *C = B + s.states;
+    float out[PIECE], delta[PIECE];
+    for (idx i = 0; i < count; i++)
+        delta[i] = dot(projected, w.dt_proj + (first + i) * s.rank, s.rank) + w.dt_bias[first + i];
+    for (idx i = 0; i < count; i += W) {
+        const int lanes = int(std::min<idx>(W, count - i));
+        store(delta + i, softplus(load(delta + i, lanes)), lanes);
+    }
+    for (idx i = 0; i < count; i++) {
+        const idx d = first + i;
+        const vec step = splat(-delta[i] * LOG2E), dx = splat(delta[i] * x[d]);
+        const float* A_log = w.A_log + d * s.states;
+        float* h = state + d * s.states;
+        vec sum = {};
+        for (idx n = 0; n < s.states; n += W) {
+            const int lanes = int(std::min<idx>(W, s.states - n));
+            const vec rate = exp2(at_most(load(A_log + n, lanes) * LOG2E, 60.f));
+            const vec next = exp2(at_least(rate * step, -1e4f)) * load(h + n, lanes) + dx * load(B + n, lanes);
+            store(h + n, next, lanes);
+            sum += next * load(C + n, lanes);
+        }
+        out[i] = sum_lanes(sum) + w.D[d] * x[d];
+    }
+    for (idx i = 0; i < count; i += W) {
+        const int lanes = int(std::min<idx>(W, count - i));
+        store(y + first + i, load(out + i, lanes) * silu(load(z + first + i, lanes)), lanes);
+    }
+}
+
+template <class T>
+int step(const Shape& s, int threads, const T* u, const T* z, T* window, float* state, const Weights<T>& w, T* y) try {
+    const idx pieces = (s.channels + PIECE - 1) / PIECE, columns = s.projected();
+    const std::unique_ptr<float[]> floats(new float[s.batch * (s.channels + columns)]);
+    float *x = floats.get(), *projected = x + s.batch * s.channels;
+    threads = worth_waking(threads, s.channels * (columns + s.rank) * idx(sizeof(T)));
+    const auto over_channels = [&](const auto& run) {
+        parallel(threads, s.batch * pieces, [&](idx task, int) {
+            const idx b = task / pieces, first = task % pieces * PIECE;
+            run(b, first, std::min<idx>(PIECE, s.channels - first));
+        });
+    };
+    over_channels([&](idx b, idx first, idx count) {
+        const idx at = b * s.channels;
+        convolve(s, w, first, count, u + at, window + at * s.kernel, x + at);
+    });
+    parallel(threads, s.batch * columns, [&](idx task, int) {
+        const idx b = task / columns, column = task % columns;
+        projected[task] = dot(x + b * s.channels, w.x_proj + column * s.channels, s.channels);
+    });
+    const idx sizes[] = {s.rank, s.states, s.states};
+    for (idx b = 0; w.norms[0] && b < s.batch; b++) {
+        float* part = projected + b * columns;
+        for (int i = 0; i < 3; part += sizes[i++]) normalise(part, sizes[i], w.norms[i], w.eps);
+    }
+    over_channels([&](idx b, idx first, idx count) {
+        const idx at = b * s.channels;
+        advance(s, w, first, count, x + at, projected + b * columns, state + at * s.states, z + at, y + at);
+    });
+    return 0;
+} catch (const std::bad_alloc&) {
+    return 1;
+}
+
+}  // namespace
+
+#define STEP(NAME, T)                                                                                                 \
+    int NAME(idx batch, idx channels, idx states, idx rank, idx kernel, int threads, float eps, const T* u, const T* z, \
+             T* window, float* state, const T* conv, const T* conv_bias, const T* x_proj, const T* dt_proj,             \
+             const float* dt_bias, const float* A_log, const float* D, const T* dt_norm, const T* B_norm,               \
+             const T* C_norm, T* y) {                                                                                   \
+        const Weights<T> w{conv, conv_bias, x_proj, dt_proj, {dt_norm, B_norm, C_norm}, dt_bias, A_log, D, eps};        \
+        return step(Shape{batch, channels, states, rank, kernel}, threads, u, z, window, state, w, y);                  \
+    }
+
+extern "C" {
+STEP(moai_mamba_step_fp32, float)
+STEP(moai_mamba_step_bf16, bf16)
+}

@@ -1,0 +1,79 @@
+"""The `native` step of a Mamba mixer: mamba_step.cpp, built for this CPU.
+
+Importing this module builds the library, or takes it from the cache, and compares it with the reference; it raises
+`dispatch.Unavailable` where that does not work out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moai_llm.ops import native
+from moai_llm.ops.mamba_step import StepWeights, mamba_step_reference
+
+_library = native.load("mamba_step.cpp")
+
+
+def _function(name: str) -> Any:
+    function = getattr(_library, name)
+    function.argtypes = [ctypes.c_int64] * 5 + [ctypes.c_int, ctypes.c_float] + [ctypes.c_void_p] * 15
+    function.errcheck = native.raise_if_failed
+    return function
+
+
+_FUNCTIONS = {torch.float32: _function("moai_mamba_step_fp32"), torch.bfloat16: _function("moai_mamba_step_bf16")}
+
+
+def mamba_step_native(u: Tensor, z: Tensor, window: Tensor, state: Tensor, weights: StepWeights) -> Tensor:
+    w, half, wide = weights, u.dtype, torch.float32
+    (b, d), n, kernel, rank = u.shape, state.shape[2], window.shape[2], w.dt_proj.shape[1]
+    # past this point there are only addresses: what does not fit must be refused here
+    windows, states = _ready(window, half, (b, d, kernel)), _ready(state, wide, (b, d, n))
+    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    arrays = [
+        _ready(u, half, (b, d)), _ready(z, half, (b, d)), windows, states, _ready(w.conv, half, (d, kernel)),
+        None if w.conv_bias is None else _ready(w.conv_bias, half, (d,)), _ready(w.x_proj, half, (rank + 2 * n, d)),
+        _ready(w.dt_proj, half, (d, rank)), _ready(w.dt_bias, wide, (d,)), _ready(w.A_log, wide, (d, n)),
+        _ready(w.D, wide, (d,)),
+    ]  # fmt: skip
+    for norm, size in ((w.dt_norm, rank), (w.B_norm, n), (w.C_norm, n)):
+        arrays.append(None if norm is None else _ready(norm, half, (size,)))
+    addresses = [None if t is None else t.data_ptr() for t in (*arrays, y)]
+    _FUNCTIONS[half](b, d, n, rank, kernel, torch.get_num_threads(), w.eps, *addresses)
+    if windows is not window:  # it was not contiguous
+        window.copy_(windows)
+    if states is not state:
+        state.copy_(states)
+    return y
+
+
+def _ready(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The same, contiguous."""
+    if not (t.dtype is dtype and t.is_cpu and t.shape == shape):
+        got = f"{t.dtype} {tuple(t.shape)} on {t.device}"
+        raise TypeError(f"the native Mamba step needs {dtype} {shape} on the CPU here, got {got}")
+    return t.contiguous()
+
+
+def _check(random: native.Random) -> None:
+    b, d, n, rank, kernel = 2, 37, 13, 5, 3
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        shapes = ((d, kernel), (d,), (rank + 2 * n, d), (d, rank))
+        conv, bias, x_proj, dt_proj = (random(*shape).to(dtype) for shape in shapes)
+        dt_norm, B_norm, C_norm = (1 + random(size).to(dtype) for size in (rank, n, n))
+        recurrence = random(d), random(d, n), random(d)
+        weights = StepWeights(1e-6, conv, bias, x_proj, dt_proj, *recurrence, dt_norm, B_norm, C_norm)
+        u, z, window = random(b, d).to(dtype), random(b, d).to(dtype), random(b, d, kernel).to(dtype)
+        state = random(b, d, n)
+        mine, theirs = [window.clone(), state.clone()], [window.clone(), state.clone()]
+        got = [mamba_step_native(u, z, mine[0], mine[1], weights), *mine]
+        wanted = [mamba_step_reference(u, z, theirs[0], theirs[1], weights), *theirs]
+        for result, truth in zip(got, wanted):
+            native.require_close(result, truth, tolerance)
+
+
+native.self_check(_check)
