@@ -19,7 +19,15 @@ import torch
 from moai_llm.runtime import MoaiError, did_you_mean
 
 logger = logging.getLogger("moai_llm")
-MODULES = ("attention", "causal_conv1d", "moe", "norm", "selective_scan")  # beside this one; each defines its ops
+MODULES = (
+    "attention",
+    "causal_conv1d",
+    "linear",
+    "mamba_step",
+    "moe",
+    "norm",
+    "selective_scan",
+)  # each defines its ops
 
 
 class Unavailable(RuntimeError):
