@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moai_llm import MoaiConfig, MoaiForCausalLM, architecture
-from moai_llm.modeling.decoder import TOKEN_MIXERS
+from moai_llm import MoaiConfig, MoaiForCausalLM
+from moai_llm.modeling.decoder import register_token_mixer
 from moai_llm.tokenizer.train import train_tokenizer
 
 TEXT = "Interest is paid on the deposit. 복리는 이자에 이자가 붙는 방식이에요. The bank keeps the deposit. " * 60
@@ -55,8 +55,7 @@ def check(model: MoaiForCausalLM, length: int = 24) -> None:
 
 def main() -> None:
     torch.manual_seed(0)
-    TOKEN_MIXERS["moving_average"] = MovingAverage  # builds the layer
-    architecture.TOKEN_MIXER_TYPES += ("moving_average",)  # lets a config name it
+    register_token_mixer("moving_average", MovingAverage)  # from here on a config may name it
     tokenizer = train_tokenizer([TEXT], 320)
     config = MoaiConfig(vocab_size=tokenizer.padded_vocab_size, hidden_size=48, num_hidden_layers=4,
                         layer_types=["moving_average", "full_attention"], intermediate_size=96)  # fmt: skip

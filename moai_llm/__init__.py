@@ -1,10 +1,13 @@
 """MOAI-LLM: raw text to a language model that chats, on one machine.
 
-The public names are imported on first use, so that `import moai_llm` does not import torch.
+The public names are imported on first use, so that `import moai_llm` imports neither torch nor transformers. Where
+transformers is imported as well, before or after, its Auto classes know our models.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from wrapt import register_post_import_hook
 
 __version__ = "0.1.0"
 
@@ -49,3 +52,12 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# module of transformers -> module of ours that registers with it: imported after it, at once where it is there already
+_AUTO = {
+    "transformers.models.auto.configuration_auto": "moai_llm.config",
+    "transformers.models.auto.modeling_auto": "moai_llm.modeling.model",
+}
+for _name in _AUTO:
+    register_post_import_hook(lambda module: import_module(_AUTO[module.__name__]), _name)

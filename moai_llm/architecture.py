@@ -7,12 +7,36 @@ transformers wants; the `model:` section of a recipe (recipe.py) is exactly this
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-TOKEN_MIXER_TYPES = ("full_attention", "sliding_attention", "linear_attention")
-CHANNEL_MIXER_TYPES = ("dense", "sparse", "none")
+# what a config may name; `register_token_mixer` and `register_channel_mixer` (modeling/decoder.py) add to these
+TOKEN_MIXER_TYPES = ["full_attention", "sliding_attention", "linear_attention"]
+CHANNEL_MIXER_TYPES = ["dense", "sparse", "none"]
+# of transformers' activations those that need no parameters of their own; a test compares them
+ACTIVATIONS = (
+    "gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh", "gelu_pytorch_tanh",
+    "hardswish", "laplace", "leaky_relu", "linear", "mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu",
+    "sqrtsoftplus", "swish", "tanh",
+)  # fmt: skip
+# rope_type -> (keys it needs, keys it may have beside rope_theta and partial_rotary_factor)
+ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "ntk": (("factor",), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "yarn": (
+        ("factor",),
+        ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+         "truncate"),
+    ),
+    "longrope": (("short_factor", "long_factor"), ("factor", "original_max_position_embeddings", "attention_factor")),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "proportional": ((), ("factor",)),
+}  # fmt: skip
 LAYER_TYPE_ALIASES = {"mamba": "linear_attention", "attention": "full_attention"}
 
 
@@ -84,8 +108,9 @@ class Architecture:
             ValueError: the choice of bricks contradicts itself; the message says which fields and what to do.
         """
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_experts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
@@ -103,21 +128,21 @@ class Architecture:
     def _resolve_rope(self) -> dict[str, Any] | None:
         if not self.rotates:
             return None
-        rope = dict(self.rope_parameters or {})
+        rope = {key: value for key, value in (self.rope_parameters or {}).items() if value is not None}
         if "type" in rope:
             rope.setdefault("rope_type", rope.pop("type"))
         rope.setdefault("rope_type", "default")
         rope["rope_theta"] = float(rope.get("rope_theta") or 10000.0)
-        if (
-            rope["rope_type"] == "yarn"
-        ):  # the paper's names (arXiv 2309.00071, section 3.2) for the two borders of the ramp
+        if rope["rope_type"] == "yarn":
+            # the paper's names (arXiv 2309.00071, section 3.2) for the two borders of the ramp
             for theirs, ours in (("alpha", "beta_slow"), ("beta", "beta_fast")):
                 if theirs in rope:
                     rope.setdefault(ours, rope.pop(theirs))
+        _check_rope(rope)
         if rope["rope_type"] == "ntk":
             # NTK-aware scaling is a larger base and nothing else, so it leaves here as the default rope that any
             # reader knows
-            factor, dim = float(rope.pop("factor", 1.0)), self.head_dim or 0
+            factor, dim = float(rope["factor"]), self.head_dim or 0
             rope = {"rope_type": "default", "rope_theta": rope["rope_theta"] * factor ** (dim / (dim - 2))}
         return rope
 
@@ -125,6 +150,7 @@ class Architecture:
         assert self.layer_types and self.mlp_layer_types and self.head_dim and self.num_key_value_heads
         _known("layer_types", self.layer_types, TOKEN_MIXER_TYPES)
         _known("mlp_layer_types", self.mlp_layer_types, CHANNEL_MIXER_TYPES)
+        _known("hidden_act", [self.hidden_act], ACTIVATIONS)
         attends = set(self.layer_types) != {"linear_attention"}
         if attends and self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
@@ -173,6 +199,9 @@ class Architecture:
             "sparse": expert * self.num_experts + router,
             "none": 0,
         }
+        for kind in (*self.layer_types, *self.mlp_layer_types):
+            if kind not in mixers and kind not in mlps:
+                raise ValueError(f"the parameters of {kind!r} are not known here: build the model and count them")
         positions = self.max_position_embeddings * h if self.position_embedding == "learned" else 0
         norms = self.num_hidden_layers + sum(kind != "none" for kind in self.mlp_layer_types) + 1
         parts = {
@@ -215,7 +244,19 @@ def tile(pattern: list[str], length: int) -> list[str]:
     return [pattern[i % len(pattern)] for i in range(length)]
 
 
-def _known(field: str, values: list[str], allowed: tuple[str, ...]) -> None:
+def _known(field: str, values: Iterable[str], allowed: Iterable[str]) -> None:
+    allowed = list(allowed)
     for value in values:
         if value not in allowed:
-            raise ValueError(f"{field}: {value!r} is not one of {', '.join(allowed)}")
+            close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(f"{field}: {value!r} is not one of {', '.join(allowed)}{hint}")
+
+
+def _check_rope(rope: dict[str, Any]) -> None:
+    _known("rope_parameters.rope_type", [rope["rope_type"]], ROPE_TYPES)
+    needed, optional = ROPE_TYPES[rope["rope_type"]]
+    _known("rope_parameters", rope, ["rope_type", "rope_theta", "partial_rotary_factor", *needed, *optional])
+    missing = [key for key in needed if key not in rope]
+    if missing:
+        raise ValueError(f"rope_parameters: rope_type {rope['rope_type']!r} needs {', '.join(missing)}")

@@ -39,7 +39,9 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n{self.prog} --help shows what it takes\n")
 
     def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
-        parsed, unknown = self.parse_known_args(arguments)
+        # overrides may stand before and after flags: moai train RECIPE --resume train.steps=3000
+        parse = self.parse_known_args if self._subparsers else self.parse_known_intermixed_args
+        parsed, unknown = parse(arguments)
         if unknown:
             known = [flag for parser in self._family(arguments) for flag in parser._option_string_actions]
             flag = unknown[0].split("=")[0]
@@ -79,6 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     module.configure(parser)
     parsed = parser.parse_all(arguments[1:])
     try:
+        if os.environ.get("MOAI_OPS"):
+            from moai_llm.ops.dispatch import check_environment
+
+            check_environment()
         module.run(parsed)
     except MoaiError as error:
         sys.exit(f"moai {verb}: {error}")

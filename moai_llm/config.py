@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from moai_llm.architecture import Architecture
+from moai_llm.runtime import MoaiError, did_you_mean
 
+# keys that transformers and its older versions write into any config.json
+FOREIGN_KEYS = ("rope_scaling", "rope_theta", "torch_dtype", "auto_map", "output_attentions", "_name_or_path")
 # keys of the older Mamba JSON files -> ours; None: the key steered something that no longer belongs to the architecture
 LEGACY_KEYS = {
     "state_size": "ssm_state_size",
@@ -26,7 +32,7 @@ class MoaiConfig(Architecture, PreTrainedConfig):
     transformers does.
 
     `rope_scaling` and `rope_theta` are read into `rope_parameters`; the older Mamba keys (`state_size`,
-    `expand_factor`) are translated.
+    `expand_factor`) are translated, and without `layer_types` they mean that every layer is Mamba.
 
     Raises:
         ValueError: the choice of bricks contradicts itself.
@@ -50,6 +56,8 @@ class MoaiConfig(Architecture, PreTrainedConfig):
     use_cache: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if self.layer_types is None and LEGACY_KEYS.keys() & kwargs:
+            self.layer_types = ["linear_attention"]
         for old, new in LEGACY_KEYS.items():
             if old in kwargs:
                 value = kwargs.pop(old)
@@ -66,3 +74,35 @@ class MoaiConfig(Architecture, PreTrainedConfig):
 
     def validate_layer_type(self) -> None:
         """Replaces transformers' check, which does not know `none`; `Architecture.resolve` has checked both lists."""
+
+
+def read_config(file: Path) -> MoaiConfig:
+    """The config of a JSON file, ours or one of the older projects.
+
+    Raises:
+        MoaiError: no such file, not JSON, another kind of model, an unknown key, or bricks that contradict each other.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise MoaiError(f"{file}: no such file" if isinstance(error, FileNotFoundError) else str(error)) from None
+    except ValueError as error:
+        raise MoaiError(f"{file} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise MoaiError(f"{file} is not a config: expected an object")
+    kind = values.pop("model_type", "moai")
+    if kind == "mamba_moai":  # the older Mamba files: every layer Mamba, a SwiGLU after it
+        values.setdefault("layer_types", ["linear_attention"])
+    elif kind != "moai":
+        raise MoaiError(f"{file}: model_type {kind!r} is not ours; convert it with moai_llm.modeling.convert")
+    known = [*(f.name for f in fields(MoaiConfig)), *LEGACY_KEYS, *FOREIGN_KEYS]
+    for key in values:
+        if key not in known and not key.endswith("_token_id"):
+            raise MoaiError(f"{file}: unknown key {key!r}{did_you_mean(key, known)}")
+    try:
+        return MoaiConfig(**values)
+    except (ValueError, TypeError) as error:
+        raise MoaiError(f"{file}: {error}") from None
+
+
+AutoConfig.register("moai", MoaiConfig)

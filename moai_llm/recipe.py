@@ -6,19 +6,36 @@ The directory of YAML files is the registry of presets; there is no inheritance 
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+
+from annotated_types import Ge, Gt, Le, Lt
 
 from moai_llm.architecture import Architecture
-from moai_llm.runtime import MoaiError
+from moai_llm.runtime import MoaiError, did_you_mean
 
 if TYPE_CHECKING:
     from moai_llm.config import MoaiConfig
 
 RECIPES = Path(__file__).parent / "recipes"
+
+Count = Annotated[int, Ge(1)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+Beta = Annotated[float, Ge(0), Lt(1)]
+
+# loss.type -> its parameters; a test compares them with losses.py, which imports torch
+LOSS_PARAMS = {
+    "cross_entropy": ["z_weight"],
+    "focal": ["gamma", "z_weight"],
+    "label_smoothing": ["smoothing", "z_weight"],
+    "multi_objective": ["ce_weight", "focal_weight", "smooth_weight", "focal_gamma", "smoothing", "z_weight"],
+}
+LENGTHS = ("steps", "tokens", "epochs")  # keys of `train`: exactly one says how long
 
 # what other trainers call it -> where it lives here
 ELSEWHERE = {
@@ -50,7 +67,7 @@ class DataConfig:
     #: a prepared store for evaluation; None: no evaluation
     valid: str | None = None
     #: tokens in a row; documents are packed into rows, longer ones are cut
-    seq_len: int = 1024
+    seq_len: Count = 1024
 
 
 @dataclass(kw_only=True)
@@ -63,11 +80,11 @@ class LossConfig:
 @dataclass(kw_only=True)
 class OptimConfig:
     name: Literal["adamw"] = "adamw"
-    lr: float = 3e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    lr: NotNegative = 3e-4
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: NotNegative = 1e-8
     #: on matrices, not on norms, biases or the state space's A_log, D and dt_bias
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
 
 
 @dataclass(kw_only=True)
@@ -75,11 +92,11 @@ class ScheduleConfig:
     #: warmup-stable-decay (arXiv 2410.05192) or cosine
     name: Literal["wsd", "cosine", "constant"] = "wsd"
     #: steps, or with a value below 1 a share of all steps
-    warmup: float = 0.02
+    warmup: NotNegative = 0.02
     #: share of all steps in which wsd decays
-    decay: float = 0.2
+    decay: Share = 0.2
     #: the lowest learning rate, as a share of `optim.lr`
-    min_ratio: float = 0.0
+    min_ratio: Share = 0.0
 
 
 @dataclass(kw_only=True)
@@ -89,14 +106,14 @@ class TrainConfig:
     #: a model directory to go on from (continued pretraining, fine-tuning)
     init_from: str | None = None
     #: how long: exactly one of the three
-    steps: int | None = None
-    tokens: float | None = None
-    epochs: float | None = None
+    steps: Count | None = None
+    tokens: Positive | None = None
+    epochs: Positive | None = None
     #: tokens per optimizer step; gradient accumulation follows from it
-    batch_tokens: int = 65536
+    batch_tokens: Count = 65536
     #: rows per forward pass
-    micro_batch_size: int = 8
-    max_grad_norm: float = 1.0
+    micro_batch_size: Count = 8
+    max_grad_norm: Positive = 1.0
     seed: int = 0
     #: auto | cpu | cuda | cuda:1 ...
     device: str = "auto"
@@ -112,25 +129,25 @@ class TrainConfig:
 @dataclass(kw_only=True)
 class CheckpointConfig:
     #: steps between checkpoints; the last step is always saved
-    every: int = 1000
-    keep_last: int = 2
+    every: Count = 1000
+    keep_last: Count = 2
 
 
 @dataclass(kw_only=True)
 class EvalConfig:
     #: steps between evaluations on data.valid; 0: only at the end
-    every: int = 0
+    every: Annotated[int, Ge(0)] = 0
     #: rows of data.valid; None: all
-    rows: int | None = 64
+    rows: Count | None = 64
     #: text to continue at each evaluation, to watch the model learn
     prompts: list[str] = field(default_factory=list)
-    prompt_tokens: int = 48
+    prompt_tokens: Count = 48
 
 
 @dataclass(kw_only=True)
 class LogConfig:
     #: steps between lines of metrics
-    every: int = 10
+    every: Count = 10
 
 
 @dataclass(kw_only=True)
@@ -155,16 +172,26 @@ def list_recipes() -> list[str]:
 def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a preset by name or a YAML file by path, apply `a.b=c` overrides, validate once.
 
+    One of `train.steps`, `train.tokens` and `train.epochs` among the overrides replaces the length the file gives.
+
     Raises:
         MoaiError: no such recipe, unreadable YAML, an unknown key (with the nearest known one), a value of the wrong
-            type, or an architecture that contradicts itself.
+            type or out of range, or an architecture that contradicts itself.
     """
     tree = _read(name_or_path)
     if isinstance(tree.get("model"), str):
         tree["model"] = _read(tree["model"]).get("model", {})
-    for item in overrides:
-        _override(tree, item)
-    return from_tree(tree, source=str(name_or_path))
+    keys = [_override(tree, item) for item in overrides]
+    length = [name for name in LENGTHS if f"train.{name}" in keys and tree["train"][name] is not None]
+    if len(length) == 1:
+        tree["train"] = {key: value for key, value in tree["train"].items() if key not in LENGTHS or key in length}
+    recipe = from_tree(tree, source=str(name_or_path))
+    of_model = [key for key in keys if key.split(".")[0] == "model"]
+    if recipe.train.init_from and of_model:
+        raise MoaiError(
+            f"{', '.join(of_model)}: the model comes from train.init_from and cannot be changed; leave it out"
+        )
+    return recipe
 
 
 def from_tree(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -182,6 +209,7 @@ def from_tree(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
         recipe.model.resolve()
     except ValueError as error:
         raise MoaiError(f"{source}: model: {error}") from None
+    _check(recipe, source)
     return recipe
 
 
@@ -205,28 +233,33 @@ def get_config(name_or_path: str | Path) -> MoaiConfig:
     Raises:
         MoaiError: there is no such thing, or it is not valid.
     """
-    from moai_llm.config import MoaiConfig
+    from moai_llm.config import MoaiConfig, read_config
 
     path = Path(name_or_path)
     if path.is_dir() or path.suffix == ".json":
-        file = path / "config.json" if path.is_dir() else path
-        if not file.is_file():
-            raise MoaiError(f"{file}: no such file")
-        import json
-
-        values = json.loads(file.read_text(encoding="utf-8"))
-        kind = values.pop("model_type", "moai")
-        if kind == "mamba_moai":  # the older Mamba files: every layer Mamba, a SwiGLU after it
-            values.setdefault("layer_types", ["linear_attention"])
-        elif kind != "moai":
-            raise MoaiError(f"{file}: model_type {kind!r} is not ours; convert it with moai_llm.modeling.convert")
-        return MoaiConfig(**values)
+        return read_config(path / "config.json" if path.is_dir() else path)
     return MoaiConfig(**asdict(load(name_or_path).model))
 
 
 def get_mamba_config(size: str) -> MoaiConfig:
     """get_mamba_config("2b") is get_config("moai-mamba-2b")."""
     return get_config(f"moai-mamba-{size}")
+
+
+def _check(recipe: Recipe, source: str) -> None:
+    """What a type cannot say."""
+    loss, rows = recipe.loss, (recipe.train.batch_tokens, recipe.data.seq_len)
+    if loss.type not in LOSS_PARAMS:
+        known = f"there are {', '.join(LOSS_PARAMS)}"
+        raise MoaiError(f"{source}: loss.type {loss.type!r} is unknown; {known}{did_you_mean(loss.type, LOSS_PARAMS)}")
+    for name in loss.params:
+        if name not in LOSS_PARAMS[loss.type]:
+            known = f"{loss.type} has {', '.join(LOSS_PARAMS[loss.type])}"
+            raise MoaiError(
+                f"{source}: loss.params.{name} is unknown; {known}{did_you_mean(name, LOSS_PARAMS[loss.type])}"
+            )
+    if rows[0] < rows[1]:
+        raise MoaiError(f"{source}: train.batch_tokens {rows[0]} is less than one row, data.seq_len {rows[1]}")
 
 
 def _read(name_or_path: str | Path) -> dict[str, Any]:
@@ -237,10 +270,10 @@ def _read(name_or_path: str | Path) -> dict[str, Any]:
         path = RECIPES / f"{name_or_path}.yaml"
         if not path.is_file():
             raise MoaiError(
-                f"no recipe {str(name_or_path)!r}{_nearest(str(name_or_path), list_recipes())}; see `moai recipes`"
+                f"no recipe {str(name_or_path)!r}{did_you_mean(str(name_or_path), list_recipes())}; see `moai recipes`"
             )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+        tree = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MoaiError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -250,7 +283,21 @@ def _read(name_or_path: str | Path) -> dict[str, Any]:
     return tree
 
 
-def _override(tree: dict[str, Any], item: str) -> None:
+def _parse(text: str) -> Any:
+    """YAML, where 1e3 is a number as it is everywhere else."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+    )
+    return yaml.load(text, Loader)
+
+
+def _override(tree: dict[str, Any], item: str) -> str:
+    """Set what "a.b=c" says; returns "a.b"."""
     import yaml
 
     key, separator, value = item.partition("=")
@@ -264,9 +311,10 @@ def _override(tree: dict[str, Any], item: str) -> None:
             raise MoaiError(f"{item!r}: {parent} is a value, not a section")
         node = child
     try:
-        node[leaf] = yaml.safe_load(value)
+        node[leaf] = _parse(value)
     except yaml.YAMLError:
         node[leaf] = value
+    return key.strip()
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
@@ -287,7 +335,7 @@ def _hint(location: list[str]) -> str:
     sections = [f.name for f in fields(Recipe) if key in _keys_at([f.name])]
     if sections:
         return f" (did you mean '{sections[0]}.{key}'?)"
-    return _nearest(key, _keys_at(location[:-1]))
+    return did_you_mean(key, _keys_at(location[:-1]))
 
 
 def _keys_at(location: list[str]) -> list[str]:
@@ -298,8 +346,3 @@ def _keys_at(location: list[str]) -> list[str]:
         if cls is None:
             return []
     return [f.name for f in fields(cls)]
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""

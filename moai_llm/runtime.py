@@ -6,9 +6,11 @@ torch is imported inside the functions that need it, because `moai --help` must 
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import random
+from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,12 @@ class MoaiError(ValueError):
     """A mistake in what the user gave us. The message says what is wrong and what to do; the CLI prints it without a
     traceback.
     """
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ " (did you mean 'x'?)" for the end of a message, "" where nothing known is near."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def require(module: str, extra: str) -> Any:

@@ -123,7 +123,6 @@ def test_the_steps_of_the_readme_run(
     (tmp_path / "my_text").mkdir()
     text = "".join(f"Document {i} says that the deposit earns interest {i * 7}. 이자가 붙어요. " for i in range(60))
     (tmp_path / "my_text" / "a.txt").write_text(text, encoding="utf-8")
-    (tmp_path / "held_out.txt").write_text(text[500:900], encoding="utf-8")
     chats = [
         {"question": f"What is {i}?", "answer": f"A number, {i}."}
         if i % 2
@@ -339,11 +338,10 @@ def test_the_table_of_rope_types() -> None:
 
 
 def test_the_table_of_ops() -> None:
-    from moai_llm.ops import attention, causal_conv1d, moe, selective_scan  # noqa: F401
-    from moai_llm.ops.dispatch import OPS
+    from moai_llm.ops.dispatch import all_ops
 
     rows = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").splitlines()
-    for name, op in OPS.items():
+    for name, op in all_ops().items():
         (row,) = [row for row in rows if row.startswith(f"| `{name}` |")]
         assert not [key for key in op.implementations if key != "reference" and f"`{key}`" not in row]
 
@@ -397,8 +395,21 @@ def test_python_runs(path: Path, block: Block, model_folder: Path, monkeypatch: 
     exec(compile(block.text, f"{path.name}:{block.line}", "exec"), {"__name__": "example"})
 
 
-def test_importing_the_package_is_not_enough_for_auto_classes(model_folder: Path) -> None:
-    """Why the examples import MoaiForCausalLM. When this fails, `import moai_llm` does it too: say so in README."""
-    code = "import moai_llm\nfrom transformers import AutoConfig\nAutoConfig.from_pretrained('runs/quickstart/model')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=model_folder, capture_output=True, text=True)
-    assert done.returncode and "moai" in done.stderr
+@pytest.mark.parametrize("name", ["AutoConfig", "AutoModel", "AutoModelForCausalLM"])
+def test_importing_the_package_is_enough_for_auto_classes(model_folder: Path, name: str) -> None:
+    """Before transformers, after it, and without asking for a class of ours."""
+    ours, theirs = "import moai_llm", f"from transformers import {name}"
+    use = f"print(type({name}.from_pretrained('runs/quickstart/model')).__name__)"
+    wanted = {"AutoConfig": "MoaiConfig", "AutoModel": "MoaiModel", "AutoModelForCausalLM": "MoaiForCausalLM"}[name]
+    for lines in ([ours, theirs, use], [theirs, ours, use]):
+        done = run_python("\n".join(lines), model_folder)
+        assert done.stdout.strip() == wanted, done.stderr
+
+
+def test_control_without_the_package_auto_classes_do_not_know_it(model_folder: Path) -> None:
+    code = "from transformers import AutoConfig\nAutoConfig.from_pretrained('runs/quickstart/model')"
+    assert "moai" in run_python(code, model_folder).stderr
+
+
+def run_python(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)

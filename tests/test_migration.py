@@ -343,7 +343,7 @@ def test_the_list_is_complete() -> None:
     "here",
     [
         "`moai trian moai-3b`", "`moai train moai-3b --quantize`", "`moai train moai-3b optim.learning_rate=1`",
-        "`moai train moai-3b train.epochs=3`", "`optim.learning_rate=1`", "`loss.params.weight=1`",
+        "`moai train moai-3b train.epochs=3 train.steps=5`", "`optim.learning_rate=1`", "`loss.params.weight=1`",
         "`model.rope_parameters.alhpa=1`", "`model.rope_parameters.rope_type=yarm`",
         "`moai_llm.modeling.quantization.quantize_model`", "somewhere", "`optim.lr=1` perhaps",
     ],

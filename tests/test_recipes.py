@@ -92,6 +92,48 @@ def test_overrides() -> None:
     assert recipe.optim.lr == 3e-4 and recipe.optim.betas == (0.9, 0.99) and len(recipe.model.layer_types) == 2
 
 
+def test_numbers_in_powers_of_ten(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: moai-3b-tiny\ntrain: {steps: 1e3, batch_tokens: 1.5E5}\n")
+    run = recipes.load(file, ["optim.lr=1e-3", "checkpoint.every=2e2"])
+    assert (run.train.steps, run.train.batch_tokens, run.optim.lr, run.checkpoint.every) == (1000, 150_000, 1e-3, 200)
+    assert isinstance(run.train.steps, int)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "length"),
+    [
+        ([], (100, None, None)),
+        (["train.epochs=3"], (None, None, 3)),
+        (["train.tokens=1e6"], (None, 1e6, None)),
+        (["train.steps=null", "train.epochs=3"], (None, None, 3)),
+        (["train.steps=5"], (5, None, None)),
+        (["train.steps=null"], (None, None, None)),
+        (["train.steps=5", "train.epochs=3"], (5, None, 3)),  # training refuses this one
+    ],
+)
+def test_a_length_on_the_command_line_replaces_the_one_of_the_preset(overrides: list[str], length: object) -> None:
+    run = recipes.load("moai-3b-tiny", overrides).train
+    assert (run.steps, run.tokens, run.epochs) == length
+
+
+def test_what_is_known_without_torch_is_what_torch_has() -> None:
+    """Tables that are written out so that a recipe is checked without importing torch."""
+    import inspect
+
+    from transformers.activations import ACT2FN
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from moai_llm.architecture import ACTIVATIONS, ROPE_TYPES
+    from moai_llm.losses import LOSSES
+
+    assert {name: list(inspect.signature(make).parameters) for name, make in LOSSES.items()} == recipes.LOSS_PARAMS
+    assert set(ROPE_TYPES) - {"default", "ntk"} <= set(ROPE_INIT_FUNCTIONS)
+    for name in ACTIVATIONS:
+        act = ACT2FN[name]
+        assert not list(act.parameters()) and torch.isfinite(act(torch.ones(3))).all()
+
+
 def test_a_model_section_by_name(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("model: moai-2b\ntrain: {steps: 3}\n")
@@ -118,6 +160,32 @@ def test_a_model_section_by_name(tmp_path: Path) -> None:
         (["model.mlp_layer_types=[sparse]", "model.num_experts_per_tok=9"], r"between 1 and num_experts"),
         (["model.mlp_layer_types=[sparse]", "model.num_experts_per_tok=1"], r"never learns"),
         (["model.num_hidden_layers=0"], r"at least 1"),
+        (["model.hidden_act=sillu"], r"hidden_act: 'sillu' is not one of .*did you mean 'silu'"),
+        (["model.rope_parameters.rope_type=yarm"], r"'yarm' is not one of .*did you mean 'yarn'"),
+        (["model.rope_parameters.rope_type=yarn"], r"rope_type 'yarn' needs factor"),
+        (["model.rope_parameters.rope_type=llama3"], r"needs factor, low_freq_factor, high_freq_factor"),
+        (["model.rope_parameters.fator=2"], r"'fator' is not one of"),
+        (["log.every=0"], r"log.every: .*greater than or equal to 1, got 0"),
+        (["checkpoint.every=0"], r"checkpoint.every"),
+        (["eval.every=-1"], r"eval.every"),
+        (["train.micro_batch_size=0"], r"train.micro_batch_size"),
+        (["data.seq_len=0"], r"data.seq_len"),
+        (["train.batch_tokens=100"], r"batch_tokens 100 is less than one row, data.seq_len"),
+        (["train.batch_tokens=-5"], r"train.batch_tokens"),
+        (["train.steps=0"], r"train.steps"),
+        (["train.tokens=-1"], r"train.tokens"),
+        (["train.steps=1.5"], r"train.steps: .*fractional part, got 1.5"),
+        (["optim.lr=-1"], r"optim.lr: .*greater than or equal to 0"),
+        (["optim.lr=nan"], r"optim.lr"),
+        (["optim.betas=[0.9, 1]"], r"optim.betas.1: .*less than 1"),
+        (["optim.weight_decay=-0.1"], r"optim.weight_decay"),
+        (["schedule.warmup=-1"], r"schedule.warmup"),
+        (["schedule.decay=-0.1"], r"schedule.decay"),
+        (["schedule.min_ratio=2"], r"schedule.min_ratio"),
+        (["train.max_grad_norm=0"], r"train.max_grad_norm: .*greater than 0"),
+        (["loss.type=focall"], r"loss.type 'focall' is unknown; there are .*did you mean 'focal'"),
+        (["loss.type=focal", "loss.params.gama=1"], r"loss.params.gama is unknown; .*did you mean 'gamma'"),
+        (["train.init_from=x", "model.num_hidden_layers=2"], r"model.num_hidden_layers: the model comes from"),
     ],
 )
 def test_wrong_recipes_say_what_to_do(overrides: list[str], message: str) -> None:
@@ -160,6 +228,39 @@ def test_get_config(tmp_path: Path) -> None:
         recipes.get_config(tmp_path / "other.json")
     with pytest.raises(MoaiError, match="no such file"):
         recipes.get_config(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "expected an object"),
+        ('{"num_layers": 3, "vocab_size": 5}', r"unknown key 'num_layers' \(did you mean 'num_hidden_layers'\?\)"),
+        ('{"hidden_sizes": 3}', r"did you mean 'hidden_size'"),
+        ('{"hidden_size": "x"}', "hidden_size"),
+        ('{"head_dim": 7}', "c.json: RoPE .* head_dim must be even, got 7"),
+        ('{"hidden_act": "sillu"}', "did you mean 'silu'"),
+    ],
+)
+def test_wrong_config_files_say_what_to_do(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "c.json").write_text(content)
+    with pytest.raises(MoaiError, match=message):
+        recipes.get_config(tmp_path / "c.json")
+
+
+def test_what_transformers_writes_into_a_config_is_read(tmp_path: Path) -> None:
+    theirs = {"architectures": ["MoaiForCausalLM"], "torch_dtype": "bfloat16", "dtype": "float32", "use_cache": False,
+              "transformers_version": "5.0", "decoder_start_token_id": 1, "pad_token_id": 0}  # fmt: skip
+    (tmp_path / "c.json").write_text(json.dumps({"model_type": "moai", "vocab_size": 77, **theirs}))
+    assert recipes.get_config(tmp_path / "c.json").vocab_size == 77
+
+
+def test_the_older_keys_of_mamba_mean_mamba() -> None:
+    config = MoaiConfig(state_size=8, expand_factor=3, num_hidden_layers=2)
+    assert config.layer_types == ["linear_attention"] * 2 and (config.ssm_state_size, config.ssm_expand) == (8, 3)
+    mixed = MoaiConfig(state_size=8, num_hidden_layers=2, layer_types=["full_attention"])
+    assert mixed.layer_types == ["full_attention"] * 2
+    assert MoaiConfig(num_hidden_layers=2).layer_types == ["full_attention"] * 2
 
 
 def test_the_published_3b_json_is_understood() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moai_llm.recipe import DataConfig
 from moai_llm.runtime import make_console
 
 if TYPE_CHECKING:
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{prepare,info,show}")
     prepare = verbs.add_parser("prepare", help="tokenise files into a store")
     prepare.add_argument("sources", nargs="+", help="text, JSON lines, CSV or Parquet files, or folders of them")
     prepare.add_argument("--tokenizer", required=True, help="a tokenizer or model directory")
@@ -26,14 +28,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="the records are conversations: learn what the assistant says"
     )
     prepare.add_argument("--column", help="column that holds the text; found by itself when it has a usual name")
+    prepare.add_argument("--valid", help="a second store, for what is held out for evaluation")
+    prepare.add_argument(
+        "--valid-share", type=float, default=0.02, help="the share of the documents that --valid gets (default 0.02)"
+    )
     prepare.add_argument("--overwrite", action="store_true", help="replace a store that is there")
     info = verbs.add_parser("info", help="what is in a store")
-    info.add_argument("store")
+    info.add_argument("store", help="a prepared store")
     info.add_argument("--seq-len", type=int, default=1024, help="row length to show the packing of")
     show = verbs.add_parser("show", help="decode packed rows: documents in colours, what is not learned in grey")
-    show.add_argument("store")
-    show.add_argument("row", type=int, nargs="?", default=0)
-    show.add_argument("--seq-len", type=int, default=256)
+    show.add_argument("store", help="a prepared store")
+    show.add_argument("row", type=int, nargs="?", default=0, help="which row, counted from 0 (default 0)")
+    show.add_argument("--seq-len", type=int, default=256, help="tokens in a row (default 256)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -41,22 +47,45 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from moai_llm.data.prepare import prepare
+    from moai_llm.data.prepare import Part, prepare
+    from moai_llm.data.shards import Store, refuse_existing
     from moai_llm.tokenizer import load_tokenizer
 
-    console = make_console()
-    with console.status("reading ...") as status:
-        report = prepare(
-            arguments.sources,
-            load_tokenizer(arguments.tokenizer),
-            arguments.out,
-            kind="chat" if arguments.chat else "text",
-            column=arguments.column,
-            overwrite=arguments.overwrite,
-            progress=lambda documents, tokens: status.update(f"{documents:,} documents, {tokens:,} tokens"),
+    console, tokenizer = make_console(), load_tokenizer(arguments.tokenizer)
+    parts: list[tuple[Part | None, str]] = [(None, arguments.out)]
+    if arguments.valid:
+        parts = [("valid", arguments.valid), ("train", arguments.out)]
+    for _, out in parts:
+        refuse_existing(Path(out), arguments.overwrite)
+    for part, out in parts:
+        with console.status("reading ...") as status:
+            report = prepare(
+                arguments.sources,
+                tokenizer,
+                out,
+                kind="chat" if arguments.chat else "text",
+                column=arguments.column,
+                part=part,
+                valid_share=arguments.valid_share,
+                overwrite=arguments.overwrite,
+                progress=lambda documents, tokens: status.update(f"{documents:,} documents, {tokens:,} tokens"),
+            )
+        if part:
+            console.print(f"{part}: {out}")
+        show_report(console, report)
+        _warn_of_long_conversations(console, Store(out))
+    more = f" data.valid={arguments.valid}" if arguments.valid else ""
+    console.print(f"written to {arguments.out}. Next: moai train RECIPE data.train={arguments.out}{more}")
+
+
+def _warn_of_long_conversations(console: Console, store: Store) -> None:
+    default, lengths = DataConfig().seq_len, store.lengths()
+    long = int((lengths > default).sum())
+    if store.manifest.kind == "chat" and long:
+        console.print(
+            f"{long:,} of {len(store):,} conversations are longer than {default:,} tokens, the default data.seq_len: "
+            f"rows that are shorter cut their end off. The longest has {lengths.max():,}."
         )
-    show_report(console, report)
-    console.print(f"written to {arguments.out}. Next: moai train RECIPE data.train={arguments.out}")
 
 
 def show_report(console: Console, report: Report) -> None:

@@ -6,19 +6,19 @@ import argparse
 
 from rich.table import Table
 
+from moai_llm.commands.generate import add_device
 from moai_llm.runtime import make_console
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="perplexity")
     perplexity = verbs.add_parser("perplexity", help="loss, perplexity and bits per byte, per file and in all")
     perplexity.add_argument("model", help="a model directory or a run")
     perplexity.add_argument("sources", nargs="*", help="text, JSON lines, CSV or Parquet files, or folders of them")
     perplexity.add_argument("--text", help="a text to measure instead of files")
     perplexity.add_argument("--column", help="column that holds the text")
     perplexity.add_argument("--window", type=int, help="tokens of context; default the model's")
-    perplexity.add_argument("--device", default="auto")
-    perplexity.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    add_device(perplexity)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -14,14 +14,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 128) -> None:
     """The options of every command that generates."""
-    parser.add_argument("--max-new-tokens", type=int, default=max_new_tokens)
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, help=f"the longest answer (default {max_new_tokens})"
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy")
-    parser.add_argument("--top-k", type=int, default=50, help="0 keeps all")
-    parser.add_argument("--top-p", type=float, default=0.95)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"))
+    parser.add_argument("--top-k", type=int, default=50, help="only the most likely tokens (default 50); 0 keeps all")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="only the smallest set that holds this probability (default 0.95)"
+    )
+    parser.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="above 1, tokens that were there are less likely"
+    )
+    parser.add_argument("--seed", type=int, help="the same seed gives the same text")
+    add_device(parser)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """The options of every command that loads a model."""
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--dtype", default="auto", choices=("auto", "fp32", "bf16", "fp16"),
+        help="auto is bf16 where the device is faster in it, else fp32",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:

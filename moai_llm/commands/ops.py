@@ -10,19 +10,19 @@ from moai_llm.runtime import make_console
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda, ...")
 
 
 def run(arguments: argparse.Namespace) -> None:
     import torch
 
-    from moai_llm.ops import attention, causal_conv1d, moe, selective_scan  # noqa: F401 - each defines its op
-    from moai_llm.ops.dispatch import OPS, Unavailable
+    from moai_llm.ops import native
+    from moai_llm.ops.dispatch import Unavailable, all_ops
     from moai_llm.runtime import pick_device
 
     device = pick_device(arguments.device)
     table = Table("op", "fp32", "bf16", "implementations", box=None, pad_edge=False)
-    for name, op in sorted(OPS.items()):
+    for name, op in sorted(all_ops().items()):
         states = []
         for key, implementation in op.implementations.items():
             try:
@@ -33,3 +33,5 @@ def run(arguments: argparse.Namespace) -> None:
         table.add_row(name, op.pick(device.type), op.pick(device.type, torch.bfloat16), ", ".join(states))
     make_console().print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     make_console().print(table)
+    for source, path in native.loaded().items():
+        make_console().print(f"{source} is built for this CPU: {path}")

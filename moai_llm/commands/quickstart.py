@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 STAGES = ("tokenizer", "data", "pretrain", "sft", "model")
 QUESTIONS = ("복리가 뭐예요?", "What is inflation?", "日本の首都はどこですか?")
-VALID_SHARE = 20  # every 20th document is held out
+ONE_OF = 20  # documents is held out
 # fine-tuning: the same recipe, short rows, a few dozen passes over a few hundred conversations
+SFT_ROW = 192
 SFT = (
-    "data.seq_len=192", "train.micro_batch_size=21", "train.steps=null", "schedule.decay=0.5", "eval.every=0",
+    f"data.seq_len={SFT_ROW}", "train.micro_batch_size=21", "schedule.decay=0.5", "eval.every=0",
 )  # fmt: skip
 
 
@@ -35,15 +36,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", nargs="+", metavar="PATH", help="your text: files or folders (txt, md, jsonl, csv, ...)"
     )
-    parser.add_argument("--out", default="runs/quickstart")
-    parser.add_argument("--vocab-size", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=200, help="pretraining steps")
-    parser.add_argument("--sft-epochs", type=float, default=14, help="passes over the instruction set")
+    parser.add_argument("--out", default="runs/quickstart", help="the folder to write (default runs/quickstart)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of the tokenizer (default 4096)")
+    parser.add_argument("--steps", type=int, default=200, help="pretraining steps (default 200)")
+    parser.add_argument("--sft-epochs", type=float, default=14, help="passes over the instruction set (default 14)")
     parser.add_argument("--fresh", action="store_true", help="delete what an earlier quickstart left in --out")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from moai_llm.data.sources import list_files
+
     out, console, began = Path(arguments.out), make_console(), time.perf_counter()
+    list_files(arguments.text or [])  # a text that is not there is said before anything is deleted
     _claim(out, arguments)
 
     def say(number: int, text: str) -> None:
@@ -130,14 +134,17 @@ def _tokenizer(out: Path, arguments: argparse.Namespace, console: Any) -> Any:
 
 def _data(out: Path, arguments: argparse.Namespace, tokenizer: Any, console: Any) -> None:
     from moai_llm.commands.data import show_report
-    from moai_llm.data.prepare import prepare_chats, prepare_texts
+    from moai_llm.data.prepare import Part, prepare_chats, prepare_texts, split_texts
     from moai_llm.data.shards import Store
+
+    def part(name: Part) -> Iterable[tuple[str, str]]:
+        return split_texts(_texts(arguments), name, ONE_OF)
 
     sources = arguments.text or ["the Python standard library"]
     jobs = {
-        "valid": lambda path: prepare_texts(_held_out(_texts(arguments), True), tokenizer, path, sources),
-        "sft": lambda path: prepare_chats(_conversations(), tokenizer, path, ["embedded instructions"]),
-        "pretrain": lambda path: prepare_texts(_held_out(_texts(arguments), False), tokenizer, path, sources),
+        "valid": lambda path: prepare_texts(part("valid"), tokenizer, path, sources),
+        "sft": lambda path: prepare_chats(_conversations(tokenizer), tokenizer, path, ["embedded instructions"]),
+        "pretrain": lambda path: prepare_texts(part("train"), tokenizer, path, sources),
     }
     for name, job in jobs.items():
         path = out / "data" / name
@@ -148,26 +155,20 @@ def _data(out: Path, arguments: argparse.Namespace, tokenizer: Any, console: Any
             show_report(console, job(path))
 
 
-def _held_out(texts: Iterable[tuple[str, str]], wanted: bool) -> Iterable[tuple[str, str]]:
-    """Every 20th document for evaluation, the others for training; of fewer documents, the last twentieth of each."""
-    documents = list(texts)
-    if len(documents) >= VALID_SHARE:
-        yield from (d for i, d in enumerate(documents) if (i % VALID_SHARE == 0) == wanted)
-        return
-    for text, place in documents:
-        border = len(text) - len(text) // VALID_SHARE
-        yield (text[border:] if wanted else text[:border]), place
-
-
-def _conversations() -> Iterable[tuple[Any, str]]:
-    """The instructions, alone and strung together three at a time: in a chat a question follows on others."""
+def _conversations(tokenizer: Any) -> Iterable[tuple[Any, str]]:
+    """The instructions, alone and strung together three at a time, or as many as fit into a row: in a chat a question
+    follows on others.
+    """
     from moai_llm.data.embedded import instructions
+    from moai_llm.tokenizer.chat import render
 
     single = list(instructions())
     yield from single
     order = random.Random(0).sample(single, len(single))
     for group in zip(*[iter(order)] * 3):
         turns = [m for messages, _ in group for m in messages if m["role"] != "system"]
+        while len(turns) > 2 and len(render(tokenizer, turns).ids) > SFT_ROW:
+            del turns[-2:]
         yield turns, ", ".join(place for _, place in group)
 
 

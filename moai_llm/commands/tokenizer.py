@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from rich.text import Text
 
-from moai_llm.runtime import make_console
+from moai_llm.runtime import MoaiError, make_console
 
 COLORS = ("black on bright_yellow", "black on bright_cyan", "black on bright_green", "black on bright_magenta")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,show}")
     train = verbs.add_parser("train", help="learn a byte-level BPE vocabulary")
     train.add_argument("sources", nargs="+", help="text, JSON lines, CSV or Parquet files, or folders of them")
     train.add_argument("--vocab-size", type=int, default=32000, help="tokens, bytes and special tokens included")
     train.add_argument("--out", required=True, help="directory to write")
     train.add_argument("--column", help="column that holds the text; found by itself when it has a usual name")
+    train.add_argument("--overwrite", "--force", action="store_true", help="replace a tokenizer that is there")
     show = verbs.add_parser("show", help="colour the tokens of a text")
     show.add_argument("tokenizer", help="a tokenizer or model directory")
-    show.add_argument("text")
+    show.add_argument("text", help="what to cut into tokens")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -31,6 +33,8 @@ def _train(arguments: argparse.Namespace) -> None:
     from moai_llm.data.sources import read_texts
     from moai_llm.tokenizer.train import train_tokenizer
 
+    if (Path(arguments.out) / "tokenizer.json").exists() and not arguments.overwrite:
+        raise MoaiError(f"{arguments.out} holds a tokenizer already: choose another --out or pass --overwrite")
     console = make_console()
     sample: list[str] = []
 

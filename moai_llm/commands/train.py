@@ -8,10 +8,11 @@ moai train runs/first/recipe.yaml --resume
 from __future__ import annotations
 
 import argparse
-import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moai_llm import recipe as recipes
+from moai_llm.runtime import MoaiError
 
 if TYPE_CHECKING:
     from moai_llm.recipe import Recipe
@@ -24,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "overrides", nargs="*", metavar="a.b=c", help="keys to change, e.g. train.steps=1000 optim.lr=1e-3"
     )
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of train.out")
-    parser.add_argument("--fresh", action="store_true", help="delete train.out first")
+    parser.add_argument("--fresh", action="store_true", help="delete the run in train.out and begin anew")
     parser.add_argument("--show", action="store_true", help="print the resolved recipe and stop")
 
 
@@ -33,22 +34,24 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.show:
         print(recipes.dump(recipe), end="")
         return
-    if arguments.fresh:
-        shutil.rmtree(recipe.train.out, ignore_errors=True)
+    from moai_llm.data.shards import Store
     from moai_llm.inference.generate import resolve_model
     from moai_llm.training.loop import train
 
-    if recipe.train.init_from:
+    if recipe.train.init_from and not (arguments.resume and not Path(recipe.train.init_from).exists()):
         recipe.train.init_from = str(resolve_model(recipe.train.init_from))
-    trained = train(recipe, hooks=make_hooks(recipe), resume=arguments.resume)
-    if trained.finished:
-        out = recipe.train.out
-        print(f"saved {trained.checkpoint}. Next: moai generate {out} --prompt TEXT, or moai chat {out}")
+    trained = train(recipe, hooks=make_hooks(recipe), resume=arguments.resume, fresh=arguments.fresh)
+    if trained.finished and recipe.data.train:
+        chats = Store(recipe.data.train).manifest.kind == "chat"
+        use = f"moai chat {recipe.train.out}" if chats else f"moai generate {recipe.train.out} --prompt TEXT"
+        print(f"saved {trained.checkpoint}. Next: {use}")
 
 
 def make_hooks(recipe: Recipe) -> list[Hook]:
     """Evaluation on data.valid and samples of eval.prompts, as the recipe asks."""
     hooks: list[Hook] = []
+    if not recipe.data.train:  # training says so
+        return hooks
     if recipe.data.valid:
         hooks.append(_evaluation(recipe))
     if recipe.eval.prompts:
@@ -62,8 +65,13 @@ def _evaluation(recipe: Recipe) -> Hook:
     from moai_llm.evaluation.perplexity import evaluate
     from moai_llm.training.precision import make_precision
 
-    assert recipe.data.valid is not None
+    assert recipe.data.train is not None and recipe.data.valid is not None
     store = Store(recipe.data.valid)
+    if store.manifest.tokenizer != Store(recipe.data.train).manifest.tokenizer:
+        raise MoaiError(
+            f"data.valid {store.path} was prepared with another tokenizer than data.train: prepare it again with "
+            f"--tokenizer {recipe.data.train}/tokenizer"
+        )
     loader, lengths = Loader(store, recipe.data.seq_len, seed=None), store.tokenizer().byte_lengths()
 
     def hook(step: int, model: Any) -> dict[str, float]:
@@ -76,8 +84,6 @@ def _evaluation(recipe: Recipe) -> Hook:
 
 
 def _samples(recipe: Recipe) -> Hook:
-    from pathlib import Path
-
     from moai_llm.data.shards import Store
     from moai_llm.inference.generate import Sampling, TextModel, sample_text
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from moai_llm.data.sft import read_conversations
+from moai_llm.data.sft import Messages, read_conversations
 from moai_llm.data.shards import Manifest, StoreWriter
 from moai_llm.data.sources import read_records, read_texts
 from moai_llm.runtime import MoaiError
@@ -17,6 +17,8 @@ from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.chat import render
 
 BATCH = 256  # documents tokenised at a time
+Part = Literal["train", "valid"]
+Document = TypeVar("Document")
 Progress = Callable[[int, int], None]  # documents and tokens so far
 
 
@@ -36,19 +38,52 @@ def prepare(
     *,
     kind: Literal["text", "chat"] = "text",
     column: str | None = None,
+    part: Part | None = None,
+    valid_share: float = 0.02,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Tokenise files into a store. Text documents end with the end-of-text token; conversations keep their mask.
 
+    Args:
+        part: only the documents that are held out (`valid`) or only the others (`train`); all when None.
+        valid_share: of the documents, which are held out.
+
     Raises:
-        MoaiError: unreadable sources, no documents, or conversations in which no assistant says anything.
+        MoaiError: unreadable sources, no documents, a tokenizer that training cannot use, or conversations in which no
+            assistant says anything.
     """
-    files = [str(path) for path in paths]
+    if column and kind == "chat":
+        raise MoaiError(
+            "--column names the text of documents; the columns of conversations are known by their names: rename them"
+        )
+    if not 0 < valid_share <= 0.5:
+        raise MoaiError(f"the share to hold out must lie between 0 and 0.5, got {valid_share}")
+    files, every = [str(path) for path in paths], round(1 / valid_share)
     if kind == "text":
-        return prepare_texts(read_texts(files, column), tokenizer, out, files, overwrite=overwrite, progress=progress)
-    conversations = read_conversations(read_records(files))
+        texts: Iterable[tuple[str, str]] = read_texts(files, column)
+        texts = texts if part is None else split_texts(texts, part, every)
+        return prepare_texts(texts, tokenizer, out, files, overwrite=overwrite, progress=progress)
+    conversations: Iterable[tuple[Messages, str]] = read_conversations(read_records(files))
+    conversations = conversations if part is None else split(conversations, part, every)
     return prepare_chats(conversations, tokenizer, out, files, overwrite=overwrite, progress=progress)
+
+
+def split(documents: Iterable[Document], part: Part, every: int) -> Iterator[Document]:
+    """The first of every so many documents for evaluation (`valid`), the others for training."""
+    yield from (document for i, document in enumerate(documents) if (i % every == 0) == (part == "valid"))
+
+
+def split_texts(texts: Iterable[tuple[str, str]], part: Part, every: int) -> Iterator[tuple[str, str]]:
+    """`split`, but where there are fewer texts than that, the end of each is held out."""
+    texts = iter(texts)
+    first = list(islice(texts, every))
+    if len(first) == every:
+        yield from split(chain(first, texts), part, every)
+        return
+    for text, place in first:
+        border = len(text) - len(text) // every
+        yield (text[border:] if part == "valid" else text[:border]), place
 
 
 def prepare_texts(

@@ -25,12 +25,19 @@ def read_conversations(records: Iterable[Record]) -> Iterator[tuple[Messages, st
             have = ", ".join(map(str, record.columns))
             shapes = "; ".join("+".join(keys) for keys, _ in SCHEMAS.values())
             raise MoaiError(f"{record.place}: not a conversation; it has {have}. Known shapes: {shapes}")
-        yield SCHEMAS[name][1](record.columns), record.place
+        yield SCHEMAS[name][1](_spelt_as_here(record.columns)), record.place
 
 
 def detect_schema(columns: Mapping[str, Any]) -> str | None:
-    """The first schema whose columns are all there."""
+    """The first schema whose columns are all there, in capitals or not."""
+    columns = _spelt_as_here(columns)
     return next((name for name, (keys, _) in SCHEMAS.items() if all(key in columns for key in keys)), None)
+
+
+def _spelt_as_here(columns: Mapping[str, Any]) -> dict[str, Any]:
+    """Question -> question, q -> Q. A column that is spelt right already wins over one that is not."""
+    known = {name.lower(): name for keys, _ in SCHEMAS.values() for name in (*keys, "input", "system")}
+    return {**{known.get(str(key).lower(), key): value for key, value in columns.items()}, **columns}
 
 
 def _messages(columns: Mapping[str, Any]) -> Messages:

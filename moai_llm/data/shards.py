@@ -63,8 +63,8 @@ class StoreWriter:
         shard_tokens: int = SHARD_TOKENS,
     ) -> None:
         self.out = Path(out)
-        if self.out.exists() and not overwrite:
-            raise MoaiError(f"{self.out} exists already: choose another --out or pass --overwrite")
+        refuse_existing(self.out, overwrite)
+        _ = tokenizer.eos_id, tokenizer.pad_id  # training needs both: a tokenizer without them is refused here
         self.tokenizer, self.shard_tokens = tokenizer, shard_tokens
         dtype = "uint16" if tokenizer.vocab_size <= 2**16 else "uint32"
         self.manifest = Manifest(kind, tokenizer.fingerprint, tokenizer.vocab_size, dtype)
@@ -245,6 +245,12 @@ class Store:
             for name, described in shard["files"].items():
                 if sha256_of(self.path / name) != described["sha256"]:
                     yield f"{self.path / name}: content does not match its checksum"
+
+
+def refuse_existing(out: Path, overwrite: bool) -> None:
+    """Raises `MoaiError` where writing to `out` would replace something."""
+    if out.exists() and not overwrite:
+        raise MoaiError(f"{out} exists already: choose another place or pass --overwrite")
 
 
 def sha256_of(path: Path) -> str:

@@ -36,16 +36,18 @@ def read_records(paths: Iterable[str | Path]) -> Iterator[Record]:
 
 
 def read_texts(paths: Iterable[str | Path], column: str | None = None) -> Iterator[tuple[str, str]]:
-    """(text, place) of every record that has text; `column` names it, else it is found among the usual names.
+    """(text, place) of every record that has text; `column` names it, else it is found among the usual names,
+    in capitals or not.
 
     Raises:
         MoaiError: like `read_records`, and a record without the column.
     """
     for record in read_records(paths):
-        name = column or next((c for c in TEXT_COLUMNS if c in record.columns), None)
+        names = {str(c).lower(): c for c in reversed(record.columns)}
+        name = column or next((names[c] for c in TEXT_COLUMNS if c in names), None)
         if name is None or name not in record.columns:
             have = ", ".join(map(str, record.columns)) or "nothing"
-            wanted = f"column {column!r}" if column else f"a text column ({', '.join(TEXT_COLUMNS[:3])}, ...)"
+            wanted = f"column {column!r}" if column else f"text column ({', '.join(TEXT_COLUMNS[:3])}, ...)"
             raise MoaiError(f"{record.place}: no {wanted}; it has {have}. Name the column with --column")
         text = record.columns[name]
         if not isinstance(text, str):

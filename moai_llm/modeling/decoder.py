@@ -1,4 +1,8 @@
-"""One decoder layer, and the two dicts that are the whole registry of bricks."""
+"""One decoder layer, and the two dicts that are the whole registry of bricks.
+
+A brick from outside the package enters with `register_token_mixer` or `register_channel_mixer`; a config may then name
+it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from moai_llm import architecture
 from moai_llm.config import MoaiConfig
 from moai_llm.modeling.attention import Attention
 from moai_llm.modeling.mamba import Mamba
@@ -22,6 +27,20 @@ TOKEN_MIXERS: dict[str, type[nn.Module]] = {
 }
 # brick(config, layer_idx); forward(x_BLD, *, token_mask, noise_key) -> (y_BLD, RouterSums | None)
 CHANNEL_MIXERS: dict[str, type[nn.Module]] = {"dense": MLP, "sparse": MoE}
+
+
+def register_token_mixer(name: str, brick: type[nn.Module]) -> None:
+    """Let `layer_types` name this brick. A name that is there is replaced."""
+    TOKEN_MIXERS[name] = brick
+    if name not in architecture.TOKEN_MIXER_TYPES:
+        architecture.TOKEN_MIXER_TYPES.append(name)
+
+
+def register_channel_mixer(name: str, brick: type[nn.Module]) -> None:
+    """Let `mlp_layer_types` name this brick. A name that is there is replaced."""
+    CHANNEL_MIXERS[name] = brick
+    if name not in architecture.CHANNEL_MIXER_TYPES:
+        architecture.CHANNEL_MIXER_TYPES.append(name)
 
 
 class DecoderLayer(GradientCheckpointingLayer):

@@ -1,5 +1,5 @@
-"""The whole model as transformers knows it: MoaiModel (hidden states), MoaiForCausalLM (loss or logits), Auto
-registration.
+"""The whole model as transformers knows it: MoaiModel (hidden states), MoaiForCausalLM (loss or logits),
+registered with the Auto classes.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
@@ -367,6 +367,5 @@ def _documents(position_ids: Tensor) -> Tensor | None:
     return torch.nn.functional.pad(starts.to(torch.int32).cumsum(-1, dtype=torch.int32), (1, 0))
 
 
-AutoConfig.register("moai", MoaiConfig)
 AutoModel.register(MoaiConfig, MoaiModel)
 AutoModelForCausalLM.register(MoaiConfig, MoaiForCausalLM)

@@ -25,9 +25,6 @@ class RotaryEmbedding(nn.Module):
         self.config = config
         assert config.rope_parameters is not None
         self.rope_type: str = config.rope_parameters["rope_type"]
-        if self.rope_type != "default" and self.rope_type not in ROPE_INIT_FUNCTIONS:
-            known = ", ".join(["default", "ntk", *ROPE_INIT_FUNCTIONS])
-            raise ValueError(f"rope_type {self.rope_type!r} is unknown; there are {known}")
         # plain attributes: a buffer would follow model.to(bf16), and frequencies must stay fp32
         with torch.device("cpu"):
             self._fixed = self._frequencies(None)

@@ -16,11 +16,26 @@ from typing import Any
 
 import torch
 
+from moai_llm.runtime import MoaiError, did_you_mean
+
 logger = logging.getLogger("moai_llm")
+MODULES = (
+    "attention",
+    "causal_conv1d",
+    "linear",
+    "mamba_step",
+    "moe",
+    "norm",
+    "selective_scan",
+)  # each defines its ops
 
 
 class Unavailable(RuntimeError):
     """An implementation cannot run on this machine; the message is the reason (no compiler, no GPU, ...)."""
+
+
+class CannotRun(MoaiError, RuntimeError):
+    """The implementation that the user forced cannot run here."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +84,10 @@ class Op:
         return self._picked[key]
 
     def _choose(self, device_type: str, dtype: torch.dtype) -> str:
+        check(_forced)
         forced = _forced.get(self.name)
         reasons = []
         for name in [forced] if forced else self.order.get(device_type, self.order["any"]):
-            if name not in self.implementations:
-                raise ValueError(
-                    f"op {self.name!r} has no implementation {name!r}; there are {sorted(self.implementations)}"
-                )
             implementation = self.implementations[name]
             if implementation.dtypes is not None and dtype not in implementation.dtypes:
                 reasons.append(f"{name} does not take {dtype}")
@@ -88,25 +100,50 @@ class Op:
             if reasons:
                 logger.info("%s on %s runs %r (%s)", self.name, device_type, name, "; ".join(reasons))
             return name
-        what = f"the forced implementation {forced!r} of {self.name!r}" if forced else f"op {self.name!r}"
-        raise RuntimeError(f"{what} cannot run on {device_type}: {'; '.join(reasons)}")
+        if forced:
+            what = f"the forced implementation {forced!r} of {self.name!r} cannot run on {device_type}"
+            raise CannotRun(f"{what}: {'; '.join(reasons)}")
+        raise RuntimeError(f"op {self.name!r} cannot run on {device_type}: {'; '.join(reasons)}")
 
 
 OPS: dict[str, Op] = {}
 
 
 def define(name: str, implementations: dict[str, Implementation], order: dict[str, list[str]]) -> Op:
-    """Make an op and enter it in `OPS`, the table that `moai ops` prints."""
+    """Make an op and enter it in `OPS`."""
     OPS[name] = Op(name, implementations, order)
     return OPS[name]
+
+
+def all_ops() -> dict[str, Op]:
+    """Every op, its module imported: the table that `moai ops` prints."""
+    for module in MODULES:
+        import_module(f"moai_llm.ops.{module}")
+    return OPS
 
 
 def parse_choice(text: str) -> dict[str, str]:
     """ "selective_scan=torch,attention=reference" -> dict, the grammar of `MOAI_OPS`."""
     pairs = [item.split("=") for item in text.split(",") if item]
     if any(len(pair) != 2 for pair in pairs):
-        raise ValueError(f"MOAI_OPS is a list of op=implementation, got {text!r}")
+        raise MoaiError(f"MOAI_OPS is a list of op=implementation, got {text!r}")
     return {name.strip(): choice.strip() for name, choice in pairs}
+
+
+def check(choice: dict[str, str]) -> None:
+    """Raises `MoaiError` where a choice names an op or an implementation that is not there."""
+    for name, implementation in choice.items():
+        if name not in all_ops():
+            raise MoaiError(f"there is no op {name!r}{did_you_mean(name, OPS)}; ops are {', '.join(sorted(OPS))}")
+        known = OPS[name].implementations
+        if implementation not in known:
+            hint = did_you_mean(implementation, known)
+            raise MoaiError(f"op {name!r} has no implementation {implementation!r}{hint}; it has {', '.join(known)}")
+
+
+def check_environment() -> None:
+    """`check` of what `MOAI_OPS` says."""
+    check(_forced)
 
 
 _forced: dict[str, str] = parse_choice(os.environ.get("MOAI_OPS", ""))
@@ -116,12 +153,10 @@ _forced: dict[str, str] = parse_choice(os.environ.get("MOAI_OPS", ""))
 def use(**choice: str) -> Iterator[None]:
     """Force implementations inside a block: `with use(selective_scan="reference"): ...`.
 
-    A forced implementation that cannot run raises RuntimeError when the op is called; an unknown op raises ValueError
-    at once.
+    Raises:
+        MoaiError: at once for an unknown op or implementation; when the op is called for one that cannot run.
     """
-    unknown = sorted(set(choice) - set(OPS))
-    if unknown:
-        raise ValueError(f"unknown ops {unknown}; there are {sorted(OPS)}")
+    check(choice)
     before = dict(_forced)
     _forced.update(choice)
     _forget()

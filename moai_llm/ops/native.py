@@ -52,6 +52,11 @@ def load(source: str) -> ctypes.CDLL:
     return library
 
 
+def loaded() -> dict[str, str]:
+    """C++ file -> the library made from it, of those that are loaded."""
+    return {source: library._name for source, library in _loaded.items() if isinstance(library, ctypes.CDLL)}
+
+
 def _load(source: str) -> ctypes.CDLL:
     name = os.path.splitext(os.path.basename(source))[0].replace("_", " ")
     compiler = _compiler()
@@ -62,7 +67,7 @@ def _load(source: str) -> ctypes.CDLL:
     folder = _folder()
     kept = _kept(folder, key)
     if kept is not None:
-        logger.info("native %s: %s", name, kept)
+        logger.debug("native %s: %s", name, kept)
         return _open(kept)
     start = time.perf_counter()
     path = _build(compiler, source, folder, key)

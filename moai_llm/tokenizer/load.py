@@ -76,7 +76,11 @@ class Tokenizer:
     def _role(self, role: str) -> int:
         token = self.roles.get(role)
         if token is None or token not in self.special_ids:
-            raise MoaiError(f"this tokenizer has no {role}: set it in tokenizer_config.json")
+            some = ", ".join(list(self.special_ids)[:4]) or "it has none, so add one first"
+            raise MoaiError(
+                f"this tokenizer has no {role}: name one of its special tokens ({some}) as {role!r} in its "
+                "tokenizer_config.json, a token that stands for nothing else"
+            )
         return self.special_ids[token]
 
     @cached_property

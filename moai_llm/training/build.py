@@ -18,17 +18,20 @@ from moai_llm.tokenizer import Tokenizer, load_tokenizer
 logger = logging.getLogger("moai_llm")
 
 
-def build_model(recipe: Recipe, tokenizer: Tokenizer, device: torch.device) -> MoaiForCausalLM:
+def build_model(
+    recipe: Recipe, tokenizer: Tokenizer, device: torch.device, checkpoint: Path | None = None
+) -> MoaiForCausalLM:
     """A fresh model, or the one of `train.init_from`, in fp32 on the device, ready to train.
 
-    A fresh model's vocabulary is the tokenizer's, rounded up to a multiple of 128: rows that no token uses would only
-    cost memory.
+    A run that goes on from a checkpoint finds its model there, so what `init_from` names may be gone by then.
+    The vocabulary of a fresh model is the tokenizer's, rounded up to a multiple of 128: rows that no token uses would
+    only cost memory.
 
     Raises:
         MoaiError: `init_from` is not a model, or not one for this tokenizer.
     """
     if recipe.train.init_from:
-        model = _load(Path(recipe.train.init_from), tokenizer)
+        model = _load(checkpoint or Path(recipe.train.init_from), tokenizer)
     else:
         fields = {name: getattr(recipe.model, name) for name in recipe.model.__dataclass_fields__}
         if fields["vocab_size"] != tokenizer.padded_vocab_size:

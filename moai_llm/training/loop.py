@@ -8,6 +8,7 @@ evaluated or sampled (hooks), which bricks a model has.
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -33,10 +34,11 @@ from moai_llm.training.monitor import Monitor
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import Precision, make_precision
 from moai_llm.training.schedules import learning_rate
+from moai_llm.training.start import discard, find_start, total_steps, with_model_of
 
+logger = logging.getLogger("moai_llm")
 # called at a step border with (step, model); what it returns is logged
 Hook = Callable[[int, MoaiForCausalLM], dict[str, float]]
-RESUMABLE = ("description", "log", "eval", "checkpoint")  # sections that may change when a run is resumed
 
 
 class Trained(NamedTuple):
@@ -57,13 +59,20 @@ class StepResult:
 
 
 def train(
-    recipe: Recipe, *, hooks: Sequence[Hook] = (), resume: bool = False, title: str = "train", quiet: bool = False
+    recipe: Recipe,
+    *,
+    hooks: Sequence[Hook] = (),
+    resume: bool = False,
+    fresh: bool = False,
+    title: str = "train",
+    quiet: bool = False,
 ) -> Trained:
     """Run a recipe to its end, or to the next step border after SIGTERM or SIGINT.
 
     Args:
-        hooks: run every `eval.every` steps and at the end; see `Hook`.
+        hooks: run every `eval.every` steps and at the end, after the checkpoint of that step; see `Hook`.
         resume: go on from the newest sound checkpoint of `train.out`, exactly where it stopped.
+        fresh: delete the run in `train.out`, once everything else is known to be in order.
 
     Raises:
         MoaiError: the recipe lacks data or a length, the directory already holds a run, a checkpoint cannot be
@@ -73,7 +82,7 @@ def train(
         raise MoaiError("data.train is not set: give a store made by `moai data prepare`, e.g. data.train=data/wiki")
     out = Path(recipe.train.out)
     checkpoints = Checkpoints(out / "checkpoints", recipe.checkpoint.keep_last)
-    latest = _find_resume_point(out, checkpoints, recipe, resume)
+    latest, begun = find_start(recipe, checkpoints, resume=resume, fresh=fresh)
     device = pick_device(recipe.train.device)
     precision = make_precision(recipe.train.precision, device, recipe.train.tf32)
     if device.type == "cpu":
@@ -82,10 +91,18 @@ def train(
     store = Store(recipe.data.train)
     tokenizer = store.tokenizer()
     loader = Loader(store, recipe.data.seq_len, recipe.train.seed)
-    model = build_model(recipe, tokenizer, device)
+    cut = loader.cut_documents()
+    if cut:
+        logger.warning(
+            "%s of %s conversations are longer than data.seq_len %s and lose their end: raise it to keep them whole",
+            cut, len(store), recipe.data.seq_len,
+        )  # fmt: skip
+    model = build_model(recipe, tokenizer, device, latest)
+    if recipe.train.init_from:
+        recipe = with_model_of(recipe, model.config)
     optimizer = make_optimizer(model, recipe.optim)
     rows = max(1, recipe.train.batch_tokens // recipe.data.seq_len)
-    total = total_steps(recipe, loader, rows)
+    total, planned = total_steps(recipe, loader, rows), total_steps(begun, loader, rows)
     position = {"data": store.fingerprint, "seq_len": recipe.data.seq_len, "rows": rows, "seed": recipe.train.seed}
     start, targets_seen, load = 0, 0, None
     if latest is not None:
@@ -95,12 +112,18 @@ def train(
         start, targets_seen = state["step"], state["targets"]
         load = None if state["router_load"] is None else torch.tensor(state["router_load"], device=device)
         precision.scaler.load_state_dict(state["scaler"])
+        if total < start:
+            raise MoaiError(f"{latest} has done {start} steps, so this run cannot end after {total}: make it longer")
     yaml = recipes.dump(recipe)
+    if fresh:
+        discard(out)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "recipe.yaml", yaml)
     with Monitor(out, total, start, title=title, quiet=quiet) as monitor, _stop_signals() as stop:
         if start:
             monitor.note(f"resumed from {latest}")
+        if total != planned:
+            monitor.note(f"continues to {total} steps, was {planned}")
         clock, since, done = time.perf_counter(), 0, start
         for step in range(start, total):
             lr = learning_rate(step, total, recipe.optim.lr, recipe.schedule)
@@ -112,7 +135,8 @@ def train(
             _require_finite(result, step, checkpoints)
             targets_seen, load, done = targets_seen + result.targets, result.expert_load, step + 1
             since += batch["input_ids"].numel()
-            last = done == total or stop.is_set()
+            stopping = stop.is_set()  # asked once a step: a signal that comes later is seen after the next one
+            last = done == total or stopping
             if done % recipe.log.every == 0 or last or done == 1:
                 now = time.perf_counter()
                 monitor.log(
@@ -125,15 +149,15 @@ def train(
                 clock, since = now, 0
             else:
                 monitor.advance(done)
-            if recipe.eval.every and done % recipe.eval.every == 0 and not last or done == total:
-                _run_hooks(hooks, done, model, monitor)
-                clock, since = time.perf_counter(), 0
             if done % recipe.checkpoint.every == 0 or last:
                 state = {"targets": targets_seen, "position": position, "scaler": precision.scaler.state_dict(),
                          "router_load": None if load is None else load.tolist()}  # fmt: skip
                 latest = checkpoints.save(done, model, tokenizer, yaml, optimizer, state)
                 clock, since = time.perf_counter(), 0
-            if stop.is_set():
+            if recipe.eval.every and done % recipe.eval.every == 0 and not last or done == total:
+                _run_hooks(hooks, done, model, monitor)
+                clock, since = time.perf_counter(), 0
+            if stopping:
                 monitor.note(f"stopped after step {done} of {total}: {latest}; go on with --resume")
                 break
     assert latest is not None
@@ -197,17 +221,6 @@ def noise_key(seed: int, step: int, micro_batch: int, device: torch.device) -> T
     return torch.tensor(mixed, dtype=torch.int64, device=device)
 
 
-def total_steps(recipe: Recipe, loader: Loader, rows: int) -> int:
-    """Steps of the run from whichever of steps, tokens, epochs is given."""
-    wanted = {name: getattr(recipe.train, name) for name in ("steps", "tokens", "epochs")}
-    given = {name: value for name, value in wanted.items() if value is not None}
-    if len(given) != 1:
-        raise MoaiError(f"set exactly one of train.steps, train.tokens and train.epochs, got {given or 'none of them'}")
-    name, value = next(iter(given.items()))
-    rows_wanted = {"steps": value * rows, "tokens": value / recipe.data.seq_len, "epochs": value * len(loader)}[name]
-    return max(1, round(rows_wanted / rows))
-
-
 def _micro_batches(batch: Batch, size: int) -> list[Batch]:
     count = batch["input_ids"].shape[0]
     return [{key: t[i : i + size] for key, t in batch.items()} for i in range(0, count, size)]
@@ -243,26 +256,6 @@ def _require_finite(result: StepResult, step: int, checkpoints: Checkpoints) -> 
         f"the loss is {result.loss} at step {step + 1} ({advice}): "
         "lower optim.lr, raise schedule.warmup, or use train.precision=fp32"
     )
-
-
-def _find_resume_point(out: Path, checkpoints: Checkpoints, recipe: Recipe, resume: bool) -> Path | None:
-    """The checkpoint to go on from; None to begin. Refuses to mix two runs in one directory."""
-    saved = out / "recipe.yaml"
-    if not resume:
-        if saved.is_file() or checkpoints.steps():
-            raise MoaiError(
-                f"{out} already holds a run: pass --resume to go on with it, --fresh to delete it, or set train.out"
-            )
-        return None
-    if saved.is_file():
-        before, now = recipes.to_tree(recipes.load(saved)), recipes.to_tree(recipe)
-        changed = [name for name in now if name not in RESUMABLE and now[name] != before[name]]
-        if changed:
-            details = [
-                f"{name}.{key}" for name in changed for key in now[name] if now[name][key] != before[name].get(key)
-            ]
-            raise MoaiError(f"{out} was started with another recipe; these differ: {', '.join(details)}")
-    return checkpoints.latest()
 
 
 @contextmanager

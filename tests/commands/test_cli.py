@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import io
-from collections.abc import Callable
+import json
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
-from moai_llm.cli import COMMANDS, main
+from moai_llm.cli import COMMANDS, Parser, main
+from moai_llm.commands import train
+from moai_llm.tokenizer import Tokenizer
 
 Moai = Callable[..., str]
 
@@ -69,7 +76,8 @@ def test_from_text_to_chat(moai: Moai, tmp_path: Path, text_file: Path, monkeypa
         *small,
     )
     assert "train 20/20  loss" in output and "bits_per_byte" in output
-    moai(
+    assert "Next: moai generate" in output and "moai chat" not in output
+    output = moai(
         "train",
         "moai-3b-tiny",
         f"data.train={talk}",
@@ -78,6 +86,7 @@ def test_from_text_to_chat(moai: Moai, tmp_path: Path, text_file: Path, monkeypa
         f"train.out={tuned}",
         *small,
     )
+    assert "Next: moai chat" in output and "moai generate" not in output
     assert moai("generate", base, "--prompt", "Document", "--max-new-tokens", 5, "--temperature", 0).startswith(
         "Document"
     )
@@ -87,6 +96,62 @@ def test_from_text_to_chat(moai: Moai, tmp_path: Path, text_file: Path, monkeypa
     assert "--text" in moai("eval", "perplexity", base, "--text", "interest is paid")
     monkeypatch.setattr("sys.stdin", io.StringIO("Document 3"))
     assert moai("generate", base, "--prompt", "-", "--max-new-tokens", 2).startswith("Document 3")
+
+
+def test_a_tokenizer_is_not_overwritten(moai: Moai, fails: Moai, tmp_path: Path, text_file: Path) -> None:
+    learn = ("tokenizer", "train", text_file, "--out", tmp_path / "tok", "--vocab-size")
+    moai(*learn, 300)
+    assert "holds a tokenizer already: choose another --out or pass --overwrite" in fails(*learn, 280)
+    assert "280 tokens" in moai(*learn, 280, "--overwrite")
+
+
+def test_conversations(moai: Moai, fails: Moai, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    chats, tok, out = tmp_path / "chats.jsonl", tokenizer.save(tmp_path / "tok"), tmp_path / "out"
+    chats.write_text(json.dumps({"Question": "why", "Answer": "because " * 900}) + "\n")
+    prepare = ("data", "prepare", chats, "--chat", "--tokenizer", tok, "--out", out)
+    assert "--column names the text of documents" in fails(*prepare, "--column", "Answer")
+    assert "1 of 1 conversations are longer than 1,024 tokens" in moai(*prepare)
+    settings = json.loads((tok / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (tok / "tokenizer_config.json").write_text(json.dumps(settings))
+    message = fails(*prepare, "--overwrite")
+    assert "no pad_token: name one of its special tokens (<|endoftext|>, <|pad|>" in message
+    assert (out / "manifest.json").is_file()
+
+
+def test_a_part_is_held_out(moai: Moai, fails: Moai, tmp_path: Path, text_file: Path, tokenizer: Tokenizer) -> None:
+    prepare = ("data", "prepare", text_file, "--tokenizer", tokenizer.save(tmp_path / "tok"), "--out", tmp_path / "out")
+    held_out = ("--valid", tmp_path / "valid", "--valid-share", 0.1)
+    output = moai(*prepare, *held_out)
+    assert "train: " in output and "valid: " in output and f"data.valid={tmp_path / 'valid'}" in output
+    documents = [re.search(r"documents +(\d+)", moai("data", "info", tmp_path / name)) for name in ("out", "valid")]
+    assert [int(found[1]) for found in documents if found] == [36, 4]
+    assert "exists already" in fails(*prepare, *held_out)
+
+
+def test_the_examples_of_train_help(moai: Moai) -> None:
+    """Each is taken as it stands, and says exactly once how long to train."""
+    lines = [line for line in (train.__doc__ or "").splitlines() if line.startswith("moai train moai")]
+    assert len(lines) == 2
+    for line in lines:
+        tree = yaml.safe_load(moai(*line.split()[1:], "--show"))
+        assert sum(tree["train"][name] is not None for name in ("steps", "tokens", "epochs")) == 1
+
+
+def parsers_of(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from parsers_of(child)
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_every_argument_says_what_it_is(verb: str) -> None:
+    parser = Parser(prog=verb)
+    importlib.import_module(COMMANDS[verb][0]).configure(parser)
+    arguments = [action for child in parsers_of(parser) for action in child._actions]
+    assert not [a.dest for a in arguments if not a.help and not isinstance(a, argparse._SubParsersAction)]
 
 
 def test_recipes(moai: Moai) -> None:
@@ -99,9 +164,16 @@ def test_recipes(moai: Moai) -> None:
     assert "hidden_size: 3840" in moai("train", "moai-3b", "--show")
 
 
+def test_overrides_stand_before_and_after_flags(moai: Moai) -> None:
+    shown = moai("train", "moai-3b-tiny", "optim.lr=0.5", "--show", "train.epochs=7")
+    assert "lr: 0.5" in shown and "epochs: 7" in shown and "steps: null" in shown
+
+
 def test_ops(moai: Moai) -> None:
     output = moai("ops", "--device", "cpu")
     assert "selective_scan" in output and "split" in output
+    built = re.search(r"selective_scan.cpp is built for this CPU: (\S+)", output)
+    assert built and Path(built[1]).is_file() or "native (no: " in output
 
 
 @pytest.mark.parametrize(
@@ -118,6 +190,7 @@ def test_ops(moai: Moai) -> None:
         (["generate", "nowhere", "--prompt", "x"], "nowhere: no such directory"),
         (["chat", "nowhere"], "nowhere: no such directory"),
         (["eval", "perplexity", "nowhere"], "give either files or --text"),
+        (["train", "moai-3b-tiny", "--show", "optim.lr=-1"], "optim.lr: input should be greater than or equal to 0"),
     ],
 )
 def test_mistakes(fails: Moai, arguments: list[str], message: str) -> None:
@@ -133,6 +206,9 @@ def test_mistakes(fails: Moai, arguments: list[str], message: str) -> None:
         (["data", "prepare", "x", "--tokeniser", "t", "--out", "o"], "required: --tokenizer"),
         (["eval", "perplexity", "m", "--windw", "3"], "did you mean --window?"),
         (["tokenizer", "trane"], "invalid choice: 'trane'"),
+        (["tokenizer"], "required: {train,show}"),
+        (["data"], "required: {prepare,info,show}"),
+        (["eval"], "required: perplexity"),
         (["generate", "m", "--prompt", "x", "--top-k", "many"], "invalid int value: 'many'"),
     ],
 )

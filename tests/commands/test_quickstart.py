@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from moai_llm.cli import main
-from moai_llm.commands.quickstart import QUESTIONS, VALID_SHARE, _held_out
+from moai_llm.commands.quickstart import QUESTIONS, SFT_ROW, _conversations
 from moai_llm.data.embedded import instructions, library_texts
+from moai_llm.tokenizer import Tokenizer
+from moai_llm.tokenizer.chat import render
 
 
 def quickstart(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -51,6 +53,9 @@ def test_own_text_then_again_then_other_options(
     assert (out / "model" / "model.safetensors").read_bytes() == weights
     with pytest.raises(SystemExit, match="holds a quickstart with other options .*steps 4 -> 5.*--fresh"):
         quickstart(capsys, *small, "--steps", 5)
+    with pytest.raises(SystemExit, match="nowhere: no such file or folder"):
+        quickstart(capsys, *small, "--text", tmp_path / "nowhere", "--fresh")
+    assert (out / "model" / "model.safetensors").is_file()  # nothing is deleted before that is known
     assert "pretrain 5/5" in quickstart(capsys, *small, "--steps", 5, "--fresh")
 
 
@@ -106,14 +111,6 @@ def test_unusable_text(
         quickstart(capsys, "--text", tmp_path / name, "--out", tmp_path / "out", "--steps", 1)
 
 
-def test_held_out_text_is_not_trained_on() -> None:
-    many = [(f"text {i}", str(i)) for i in range(3 * VALID_SHARE)]
-    held, kept = list(_held_out(many, True)), list(_held_out(many, False))
-    assert len(held) == 3 and sorted(held + kept) == sorted(many)
-    ((start, _),), ((end, _),) = _held_out([("x" * 99 + "y", "one")], False), _held_out([("x" * 99 + "y", "one")], True)
-    assert start + end == "x" * 99 + "y" and end.endswith("y")
-
-
 def test_the_embedded_text_is_there() -> None:
     texts = list(library_texts())
     assert sum(len(text) for text, _ in texts) > 3_000_000
@@ -121,6 +118,13 @@ def test_the_embedded_text_is_there() -> None:
         p for _, p in texts
     }
     assert len(list(instructions())) >= 300
+
+
+def test_instructions_strung_together_fit_into_a_row(tokenizer: Tokenizer) -> None:
+    strung = list(_conversations(tokenizer))[len(list(instructions())) :]
+    lengths = [len(render(tokenizer, messages).ids) for messages, _ in strung if len(messages) > 2]
+    assert len(lengths) > 50 and max(lengths) <= SFT_ROW
+    assert all(messages[-1]["role"] == "assistant" for messages, _ in strung)
 
 
 @pytest.mark.slow

@@ -89,3 +89,14 @@ def test_evaluation_order(store: Store) -> None:
     assert sum(len(b["input_ids"]) for b in batches) == len(loader)
     assert torch.equal(batches[0]["input_ids"], loader.rows(0, 4)["input_ids"])
     assert [len(b["input_ids"]) for b in loader.epoch(4, limit=6)] == [4, 2]
+
+
+def test_conversations_longer_than_a_row_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    from moai_llm.data.prepare import prepare_chats
+
+    chats = [
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "word " * n}], "") for n in (2, 90, 99)
+    ]
+    prepare_chats(chats, tokenizer, tmp_path / "chats", [])
+    store = Store(tmp_path / "chats")
+    assert [Loader(store, size).cut_documents() for size in (64, 1024)] == [2, 0]

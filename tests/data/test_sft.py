@@ -64,3 +64,12 @@ def test_real_sets(name: str, schema: str, count: int | None) -> None:
     assert {detect_schema(record.columns) for record in records} == {schema}
     conversations = list(read_conversations(records))
     assert len(conversations) == len(records) and (count is None or len(records) == count)
+
+
+def test_columns_in_capitals() -> None:
+    for columns in ({"Question": "q", "Answer": "a"}, {"QUESTION": "q", "answer": "a"}, {"q": "q", "a": "a"}):
+        ((messages, _),) = read_conversations([Record(columns, "here")])
+        assert [m["content"] for m in messages] == ["q", "a"]
+    both = {"question": "right", "Question": "wrong", "answer": "a"}
+    ((messages, _),) = read_conversations([Record(both, "here")])
+    assert messages[0]["content"] == "right"

@@ -86,7 +86,10 @@ BROKEN = {
     "ragged.csv": (b"a,text\n1,2\n1,2,3\n", r"ragged.csv:3: this row has not 2 columns"),
     "short.csv": (b"a,text\n1\n", r"short.csv:2: this row has not 2 columns"),
     "quotes.csv": (b'text\n"a"b\n', r"quotes.csv:2"),
-    "no_column.jsonl": (b'{"title": "t"}\n', r"no_column.jsonl:1: no a text column .*; it has title. Name the column"),
+    "no_column.jsonl": (
+        b'{"title": "t"}\n',
+        r"no_column.jsonl:1: no text column .text, content, document, ....; it has title. Name the column",
+    ),
     "number.jsonl": (b'{"text": 3}\n', r"number.jsonl:1: text is int, not text"),
     "not.parquet": (b"PAR1 nonsense", "not readable Parquet"),
 }
@@ -116,3 +119,9 @@ def test_a_column_that_is_not_there(tmp_path: Path) -> None:
 )
 def test_real_files(name: str, count: int) -> None:
     assert len(list(read_texts([shared_data(name)]))) == count
+
+
+def test_a_text_column_in_capitals(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("Title,Text\nt,the text\n")
+    assert [text for text, _ in read_texts([file])] == ["the text"]

@@ -64,3 +64,21 @@ def test_masked_labels_do_not_count(text_model: TextModel, tokenizer: Tokenizer)
 def test_nothing_to_predict(text_model: TextModel, text: str) -> None:
     with pytest.raises(MoaiError, match="fewer than two tokens"):
         evaluate_text(text_model, text)
+
+
+def test_a_few_rows_stand_for_all_of_a_mixed_corpus(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Packing puts the long documents first; here they are of another kind than the short ones."""
+    from moai_llm.data.loader import Loader
+    from moai_llm.data.prepare import prepare_texts
+    from moai_llm.data.shards import Store
+
+    short = [f"이자는 {i}번 붙어요. 은행에서 가입할 수 있어요." for i in range(400)]
+    long = ["return a + b\n" * 24 for _ in range(60)]
+    prepare_texts([(text, "") for text in [*short, *long]], tokenizer, tmp_path / "store", [])
+    loader, lengths = Loader(Store(tmp_path / "store"), 128, seed=None), tokenizer.byte_lengths()
+    assert len(loader) > 100
+    model = tiny_model(vocab_size=512)
+    whole, some = (evaluate(model, loader.epoch(16, limit), lengths).loss for limit in (None, 16))
+    first = evaluate(model, [loader.rows(0, 16)], lengths).loss
+    assert abs(some - whole) < 0.2 * abs(first - whole)
+    assert some == evaluate(model, loader.epoch(4, 16), lengths).loss

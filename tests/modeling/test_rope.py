@@ -62,7 +62,7 @@ def test_the_documents_yarn_keys_are_translated() -> None:
 
 
 def test_an_unknown_rule_is_refused() -> None:
-    with pytest.raises(ValueError, match="rope_type 'yarnn' is unknown"):
+    with pytest.raises(ValueError, match="'yarnn' is not one of .*did you mean 'yarn'"):
         RotaryEmbedding(tiny_config(rope_parameters={"rope_type": "yarnn"}))
 
 

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+from moai_llm.ops import dispatch
 from moai_llm.ops.dispatch import Implementation, Op, Unavailable, parse_choice, use
+from moai_llm.runtime import MoaiError
 
 
 def missing() -> None:
@@ -47,10 +55,12 @@ def test_forcing() -> None:
     plain = attention(q, q, q)
     with use(attention="reference"):
         assert torch.allclose(attention(q, q, q), plain, atol=1e-6)
-    with use(attention="nonsense"), pytest.raises(ValueError, match="no implementation 'nonsense'; there are"):
-        attention(q, q, q)
-    with pytest.raises(ValueError, match="unknown ops"), use(atention="reference"):
-        pass
+    with pytest.raises(MoaiError, match="no implementation 'refrence' .did you mean 'reference'.*it has"):
+        with use(attention="refrence"):
+            pass
+    with pytest.raises(MoaiError, match="no op 'atention' .did you mean 'attention'.*ops are attention, causal_conv1d"):
+        with use(atention="reference"):
+            pass
     assert torch.equal(attention(q, q, q), plain)
 
 
@@ -59,12 +69,39 @@ def test_a_forced_implementation_that_cannot_run_raises() -> None:
 
     x, ids, weights = torch.randn(4, 6, dtype=torch.float64), torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1)
     experts = moe.Experts(torch.randn(2, 6, 6).double(), torch.randn(2, 6, 6).double(), gated=False)
-    with use(experts="grouped"), pytest.raises(RuntimeError, match="forced implementation 'grouped'.*float64"):
+    with use(experts="grouped"), pytest.raises(MoaiError, match="forced implementation 'grouped'.*float64"):
         moe.experts_forward(x, ids, weights, experts, torch.relu)
 
 
 def test_environment_grammar() -> None:
     assert parse_choice("a=b, c=d") == {"a": "b", "c": "d"}
     assert parse_choice("") == {}
-    with pytest.raises(ValueError, match="op=implementation"):
+    with pytest.raises(MoaiError, match="op=implementation"):
         parse_choice("a")
+
+
+def test_every_module_of_ops_is_listed() -> None:
+    """So that a name can be checked before anything has used its op."""
+    folder = Path(dispatch.__file__).parent
+    defining = {path.stem for path in folder.glob("*.py") if re.search(r"^\w+ = define\(", path.read_text(), re.M)}
+    assert set(dispatch.MODULES) == defining
+
+
+@pytest.mark.parametrize(
+    ("choice", "message"),
+    [
+        ("atention=reference", "no op 'atention' (did you mean 'attention'?); ops are"),
+        ("attention=split,selective_scan=nativ", "no implementation 'nativ' (did you mean 'native'?); it has"),
+        ("attention", "MOAI_OPS is a list of op=implementation, got 'attention'"),
+    ],
+)
+def test_a_wrong_environment_stops_every_command(choice: str, message: str) -> None:
+    environment = {**os.environ, "MOAI_OPS": choice}
+    for command in (["ops"], ["recipes", "moai-3b-tiny"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "moai_llm", *command], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 1 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
+    code = "import torch; from moai_llm.ops.attention import attention as a; a(*[torch.randn(1, 2, 4, 8)] * 3)"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "MoaiError" in done.stderr and message in done.stderr

@@ -37,7 +37,7 @@ def compiler():
 
 
 def test_built_once_then_taken_from_the_cache(tiny, cache, caplog):
-    caplog.set_level(logging.INFO, "moai_llm")
+    caplog.set_level(logging.DEBUG, "moai_llm")
     assert native._load(str(tiny)).answer() == 42
     (first,) = cache.iterdir()
     time = first.stat().st_mtime_ns
@@ -46,6 +46,7 @@ def test_built_once_then_taken_from_the_cache(tiny, cache, caplog):
     built, taken = caplog.messages
     assert built.startswith("built the native tiny kernel for this CPU in ") and built.endswith(str(first))
     assert taken == f"native tiny kernel: {first}"
+    assert [record.levelname for record in caplog.records] == ["INFO", "DEBUG"]  # said once, when it takes time
     assert cache.stat().st_mode & 0o077 == 0
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,10 @@ from safetensors.torch import load_file
 
 from moai_llm import recipe as recipes
 from moai_llm.commands.train import make_hooks
+from moai_llm.config import MoaiConfig
 from moai_llm.inference.generate import load_model
 from moai_llm.runtime import MoaiError
+from moai_llm.training import loop
 from moai_llm.training.checkpoint import STATE
 from moai_llm.training.monitor import duration, read_metrics
 from tests.training.conftest import MakeRecipe, train
@@ -96,8 +99,48 @@ def test_fine_tuning_goes_on_from_a_model(make_recipe: MakeRecipe) -> None:
     tuned = make_recipe(f"train.init_from={first}", "train.steps=1", "optim.lr=0", out="tuned")
     before, after = (load_file(path / "model.safetensors") for path in (first, train(tuned, quiet=True)))
     assert all(torch.equal(before[key], after[key]) for key in before)
-    with pytest.raises(MoaiError, match="not a model directory"):
+    with pytest.raises(MoaiError, match="init_from: /nowhere is not a model directory"):
         train(make_recipe("train.init_from=/nowhere", out="x"), quiet=True)
+
+
+def test_the_recipe_of_fine_tuning_says_the_model_it_tunes(make_recipe: MakeRecipe) -> None:
+    import shutil
+
+    from moai_llm.architecture import Architecture
+
+    first = train(make_recipe("model.num_hidden_layers=2", out="first"), quiet=True)
+    tuned = make_recipe(f"train.init_from={first}", "train.steps=4", out="tuned")
+    assert tuned.model.num_hidden_layers == 4
+    last = train(tuned, quiet=True)
+    config = MoaiConfig.from_pretrained(first)
+    for file in (Path(tuned.train.out) / "recipe.yaml", last / "recipe.yaml"):
+        written = recipes.load(file)
+        assert written.model == Architecture(**{name: getattr(config, name) for name in asdict(written.model)})
+    shutil.rmtree(first)  # what a resumed run needs lies in its checkpoint
+    for again in (recipes.load(last / "recipe.yaml"), tuned):
+        again.train.steps = (again.train.steps or 0) + 1
+        assert train(again, resume=True, quiet=True).name == "step-00000005"
+
+
+def test_a_failing_hook_loses_no_work(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe("checkpoint.every=5", "eval.every=5")
+    with pytest.raises(Stop):
+        train(recipe, hooks=[stop_at(5)], quiet=True)
+    assert (Path(recipe.train.out) / "checkpoints" / "step-00000005").is_dir()
+    with pytest.raises(Stop):
+        train(recipe, hooks=[stop_at(8)], resume=True, quiet=True)
+    assert (Path(recipe.train.out) / "checkpoints" / "step-00000008").is_dir()
+
+
+def test_validation_data_of_another_tokenizer_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    from moai_llm.data.prepare import prepare_texts
+    from moai_llm.tokenizer.train import train_tokenizer
+
+    text = "another text with other words " * 9
+    prepare_texts([(text, "")], train_tokenizer([text], 270), tmp_path / "other", [])
+    recipe = make_recipe(f"data.valid={tmp_path / 'other'}")
+    with pytest.raises(MoaiError, match="other was prepared with another tokenizer than data.train"):
+        make_hooks(recipe)
 
 
 def test_another_tokenizer_is_refused(make_recipe: MakeRecipe) -> None:
@@ -118,6 +161,50 @@ def test_two_runs_are_not_mixed(make_recipe: MakeRecipe) -> None:
     assert train(make_recipe("log.every=7"), resume=True, quiet=True).name == "step-00000008"  # nothing left to do
 
 
+def test_a_run_can_be_made_longer(make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+    train(make_recipe(), quiet=True)
+    assert train(make_recipe("train.steps=10"), resume=True).name == "step-00000010"
+    assert "continues to 10 steps, was 8" in capsys.readouterr().out
+    longer = make_recipe("train.steps=null", "train.tokens=1408")  # 11 steps of 128
+    assert train(longer, resume=True).name == "step-00000011"
+    assert "continues to 11 steps, was 10" in capsys.readouterr().out
+    assert train(longer, resume=True).name == "step-00000011"
+    assert "continues" not in capsys.readouterr().out
+    with pytest.raises(MoaiError, match="has done 11 steps, so this run cannot end after 9: make it longer"):
+        train(make_recipe("train.steps=9"), resume=True, quiet=True)
+    with pytest.raises(MoaiError, match="these differ: data.seq_len"):
+        train(make_recipe("train.steps=20", "data.seq_len=16"), resume=True, quiet=True)
+
+
+def test_fresh_deletes_a_run_and_nothing_else(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    recipe = make_recipe(out="run")
+    out = Path(recipe.train.out)
+    last = train(recipe, quiet=True)
+    (out / "notes.txt").write_text("precious")
+    with pytest.raises(MoaiError, match="pass one of them"):
+        train(recipe, resume=True, fresh=True, quiet=True)
+    with pytest.raises(MoaiError, match="would delete .*step-00000008, which train.init_from goes on from"):
+        train(make_recipe(f"train.init_from={last}"), fresh=True, quiet=True)
+    for wrong in ("data.train=/nowhere", "train.device=cuda:99", "train.tokens=5", "train.init_from=/nowhere"):
+        with pytest.raises(MoaiError):
+            train(make_recipe(wrong), fresh=True, quiet=True)
+    assert last.is_dir()
+    train(make_recipe("train.steps=2"), fresh=True, quiet=True)
+    assert {p.name for p in (out / "checkpoints").iterdir()} == {"step-00000002"}
+    assert (out / "notes.txt").read_text() == "precious"
+
+
+def test_fresh_refuses_what_is_not_a_run(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    train(make_recipe("train.steps=1", out="mine"), fresh=True, quiet=True)  # an empty directory is nobody's
+    other = tmp_path / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    (other / "recipe.yaml").write_text("a recipe of mine")
+    with pytest.raises(MoaiError, match="not empty and not a run, so --fresh does not delete it"):
+        train(make_recipe(out="other"), fresh=True, quiet=True)
+    assert (other / "recipe.yaml").read_text() == "a recipe of mine"
+
+
 def test_changed_data_is_refused(make_recipe: MakeRecipe, store: Path, tokenizer, text_file: Path) -> None:  # type: ignore[no-untyped-def]
     from moai_llm.data.prepare import prepare
 
@@ -135,7 +222,6 @@ def test_changed_data_is_refused(make_recipe: MakeRecipe, store: Path, tokenizer
         (["data.train=/nowhere"], "not a prepared store"),
         (["train.steps=null"], "exactly one of train.steps, train.tokens and train.epochs, got none"),
         (["train.tokens=5"], "exactly one of"),
-        (["loss.type=focall"], "'focall' is unknown"),
         (["train.precision=fp16"], "fp16 on a CPU"),
         (["train.device=cuda:99"], "cannot be used here"),
     ],
@@ -147,7 +233,7 @@ def test_wrong_runs_say_what_to_do(make_recipe: MakeRecipe, overrides: list[str]
 
 def test_rows_longer_than_learned_positions(make_recipe: MakeRecipe) -> None:
     with pytest.raises(MoaiError, match="data.seq_len 256 is more than the 128 learned positions"):
-        train(make_recipe("data.seq_len=256", name="khanh-692m-tiny"), quiet=True)
+        train(make_recipe("data.seq_len=256", "train.batch_tokens=256", name="khanh-692m-tiny"), quiet=True)
 
 
 def test_lengths(make_recipe: MakeRecipe) -> None:
@@ -209,6 +295,19 @@ def test_sigterm_saves_and_leaves_cleanly(make_recipe: MakeRecipe, tmp_path: Pat
     (checkpoint,) = (Path(recipe.train.out) / "checkpoints").iterdir()
     state = json.loads((checkpoint / STATE / "state.json").read_text())
     assert state["step"] == read_metrics(log)[-1]["step"]
+
+
+def test_a_signal_at_any_moment_of_a_step_saves(make_recipe: MakeRecipe) -> None:
+    """Here while a hook runs, after the step was found not to be the last."""
+
+    def hook(step: int, model: object) -> dict[str, float]:
+        if step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return {}
+
+    recipe = make_recipe("checkpoint.every=1000", "eval.every=2")
+    trained = loop.train(recipe, hooks=[hook], quiet=True)
+    assert not trained.finished and trained.checkpoint.name == "step-00000003"
 
 
 def test_durations() -> None:
