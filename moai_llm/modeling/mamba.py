@@ -84,12 +84,12 @@ class Mamba(nn.Module):
         seq_idx: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        u, z = self.in_proj_x(x_BLD), self.in_proj_z(x_BLD)
         layer: Any = None if cache is None else cache.layers[self.layer_idx]
         continues = layer is not None and layer.has_previous_state[0]
-        if continues and u.shape[1] == 1 and not getattr(layer, "record_past", False):
+        if continues and x_BLD.shape[1] == 1 and not getattr(layer, "record_past", False):
             states = layer.conv_states[0], layer.recurrent_states[0]
-            return self.out_proj(mamba_step(u[:, 0], z[:, 0], *states, self._step_weights())[:, None])
+            return mamba_step(x_BLD[:, 0], *states, self._step_weights())[:, None]
+        u, z = self.in_proj_x(x_BLD), self.in_proj_z(x_BLD)
         past = layer.conv_states[0].transpose(1, 2)[:, 1:] if continues else None
         inputs = u
         u = F.silu(causal_conv1d(inputs, self.conv_weight, self.conv_bias, seq_idx=seq_idx, state=past))
@@ -111,6 +111,7 @@ class Mamba(nn.Module):
     def _step_weights(self) -> StepWeights:
         dt_norm, B_norm, C_norm = (getattr(norm, "weight", None) for norm in (self.dt_norm, self.B_norm, self.C_norm))
         return StepWeights(
-            self.eps, self.conv_weight, self.conv_bias, self.x_proj.weight, self.dt_proj.weight, self.dt_bias,
-            self.A_log, self.D, dt_norm, B_norm, C_norm,
+            self.eps, self.in_proj_x.weight, self.in_proj_z.weight, self.conv_weight, self.conv_bias,
+            self.x_proj.weight, self.dt_proj.weight, self.dt_bias, self.A_log, self.D, self.out_proj.weight,
+            dt_norm, B_norm, C_norm,
         )  # fmt: skip

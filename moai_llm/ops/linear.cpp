@@ -11,21 +11,11 @@ using namespace moai;
 
 namespace {
 
-constexpr idx TASK_BYTES = 64 * 1024;  // weights a thread takes at a time
-
 template <class T>
 int linear(idx rows, idx in, idx out, int threads, const T* x, const T* w, const T* bias, T* y) try {
     const std::unique_ptr<float[]> wide(new float[rows * in]);
     convert(x, rows * in, wide.get());
-    threads = worth_waking(threads, out * in * idx(sizeof(T)));
-    const idx each = TASK_BYTES / idx(in * sizeof(T)) + 1;
-    parallel(threads, (out + each - 1) / each, [&](idx task, int) {
-        const idx stop = (task + 1) * each < out ? (task + 1) * each : out;
-        for (idx o = task * each; o < stop; o++) {
-            const float start = bias ? load(bias + o, 1)[0] : 0.f;
-            for (idx r = 0; r < rows; r++) y[r * out + o] = rounded<T>(start + dot(wide.get() + r * in, w + o * in, in));
-        }
-    });
+    matvec(rows, in, out, threads, wide.get(), w, bias, y);
     return 0;
 } catch (const std::bad_alloc&) {
     return 1;

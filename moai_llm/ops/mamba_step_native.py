@@ -20,7 +20,7 @@ _library = native.load("mamba_step.cpp")
 
 def _function(name: str) -> Any:
     function = getattr(_library, name)
-    function.argtypes = [ctypes.c_int64] * 5 + [ctypes.c_int, ctypes.c_float] + [ctypes.c_void_p] * 15
+    function.argtypes = [ctypes.c_int64] * 6 + [ctypes.c_int, ctypes.c_float] + [ctypes.c_void_p] * 17
     function.errcheck = native.raise_if_failed
     return function
 
@@ -28,22 +28,23 @@ def _function(name: str) -> Any:
 _FUNCTIONS = {torch.float32: _function("moai_mamba_step_fp32"), torch.bfloat16: _function("moai_mamba_step_bf16")}
 
 
-def mamba_step_native(u: Tensor, z: Tensor, window: Tensor, state: Tensor, weights: StepWeights) -> Tensor:
-    w, half, wide = weights, u.dtype, torch.float32
-    (b, d), n, kernel, rank = u.shape, state.shape[2], window.shape[2], w.dt_proj.shape[1]
+def mamba_step_native(x: Tensor, window: Tensor, state: Tensor, weights: StepWeights) -> Tensor:
+    w, half, wide = weights, x.dtype, torch.float32
+    (b, d, n), width, kernel, rank = state.shape, x.shape[1], window.shape[2], w.dt_proj.shape[1]
     # past this point there are only addresses: what does not fit must be refused here
     windows, states = _ready(window, half, (b, d, kernel)), _ready(state, wide, (b, d, n))
-    y = torch.empty_like(u, memory_format=torch.contiguous_format)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     arrays = [
-        _ready(u, half, (b, d)), _ready(z, half, (b, d)), windows, states, _ready(w.conv, half, (d, kernel)),
+        _ready(x, half, (b, width)), windows, states, _ready(w.in_x, half, (d, width)),
+        _ready(w.in_z, half, (d, width)), _ready(w.conv, half, (d, kernel)),
         None if w.conv_bias is None else _ready(w.conv_bias, half, (d,)), _ready(w.x_proj, half, (rank + 2 * n, d)),
         _ready(w.dt_proj, half, (d, rank)), _ready(w.dt_bias, wide, (d,)), _ready(w.A_log, wide, (d, n)),
-        _ready(w.D, wide, (d,)),
+        _ready(w.D, wide, (d,)), _ready(w.out, half, (width, d)),
     ]  # fmt: skip
     for norm, size in ((w.dt_norm, rank), (w.B_norm, n), (w.C_norm, n)):
         arrays.append(None if norm is None else _ready(norm, half, (size,)))
     addresses = [None if t is None else t.data_ptr() for t in (*arrays, y)]
-    _FUNCTIONS[half](b, d, n, rank, kernel, torch.get_num_threads(), w.eps, *addresses)
+    _FUNCTIONS[half](b, width, d, n, rank, kernel, torch.get_num_threads(), w.eps, *addresses)
     if windows is not window:  # it was not contiguous
         window.copy_(windows)
     if states is not state:
@@ -60,18 +61,17 @@ def _ready(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 
 def _check(random: native.Random) -> None:
-    b, d, n, rank, kernel = 2, 37, 13, 5, 3
+    b, width, d, n, rank, kernel = 2, 21, 37, 13, 5, 3
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        shapes = ((d, kernel), (d,), (rank + 2 * n, d), (d, rank))
-        conv, bias, x_proj, dt_proj = (random(*shape).to(dtype) for shape in shapes)
+        shapes = ((d, width), (d, width), (d, kernel), (d,), (rank + 2 * n, d), (d, rank))
+        in_x, in_z, conv, bias, x_proj, dt_proj = (random(*shape).to(dtype) for shape in shapes)
         dt_norm, B_norm, C_norm = (1 + random(size).to(dtype) for size in (rank, n, n))
-        recurrence = random(d), random(d, n), random(d)
-        weights = StepWeights(1e-6, conv, bias, x_proj, dt_proj, *recurrence, dt_norm, B_norm, C_norm)
-        u, z, window = random(b, d).to(dtype), random(b, d).to(dtype), random(b, d, kernel).to(dtype)
-        state = random(b, d, n)
+        recurrence, out = (random(d), random(d, n), random(d)), random(width, d).to(dtype)
+        weights = StepWeights(1e-6, in_x, in_z, conv, bias, x_proj, dt_proj, *recurrence, out, dt_norm, B_norm, C_norm)
+        x, window, state = random(b, width).to(dtype), random(b, d, kernel).to(dtype), random(b, d, n)
         mine, theirs = [window.clone(), state.clone()], [window.clone(), state.clone()]
-        got = [mamba_step_native(u, z, mine[0], mine[1], weights), *mine]
-        wanted = [mamba_step_reference(u, z, theirs[0], theirs[1], weights), *theirs]
+        got = [mamba_step_native(x, mine[0], mine[1], weights), *mine]
+        wanted = [mamba_step_reference(x, theirs[0], theirs[1], weights), *theirs]
         for result, truth in zip(got, wanted):
             native.require_close(result, truth, tolerance)
 

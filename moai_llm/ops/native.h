@@ -172,6 +172,20 @@ inline int worth_waking(int threads, idx bytes) {
     return most < threads ? int(most) : threads;
 }
 
+// y (rows, out) = x (rows, in) W^T + bias. Each weight is read once, for all rows.
+template <class T, class Y>
+void matvec(idx rows, idx in, idx out, int threads, const float* x, const T* w, const T* bias, Y* y) {
+    constexpr idx TASK_BYTES = 64 * 1024;  // weights a thread takes at a time
+    const idx each = TASK_BYTES / idx(in * sizeof(T)) + 1;
+    parallel(worth_waking(threads, out * in * idx(sizeof(T))), (out + each - 1) / each, [&](idx task, int) {
+        const idx stop = (task + 1) * each < out ? (task + 1) * each : out;
+        for (idx o = task * each; o < stop; o++) {
+            const float start = bias ? load(bias + o, 1)[0] : 0.f;
+            for (idx r = 0; r < rows; r++) y[r * out + o] = rounded<Y>(start + dot(x + r * in, w + o * in, in));
+        }
+    });
+}
+
 // Aligned memory for each worker, taken before they start: an exception must not leave a thread.
 class Scratch {
   public:
