@@ -136,7 +136,10 @@ def _forward(
     w = weight.to(dtype)
     sums = torch.zeros(2, dtype=loss_dtype, device=hidden.device)
     d_hidden = torch.zeros_like(hidden) if grad_hidden else hidden.new_empty(0)
-    d_weight = torch.zeros_like(weight) if grad_weight else weight.new_empty(0)
+    # the first chunk writes it and the others add to it: at a large vocabulary to fill it with zeros takes its time
+    d_weight = torch.empty_like(weight) if grad_weight else weight.new_empty(0)
+    if not rows.shape[0]:
+        d_weight.zero_()
     # one pair of buffers for all chunks: products are made in dtype, losses and softmax in loss_dtype
     products = rows.new_empty(min(chunk_rows, rows.shape[0]), w.shape[0])
     buffer = products if dtype == loss_dtype else torch.empty_like(products, dtype=loss_dtype)
@@ -157,9 +160,10 @@ def _forward(
         elif grad_hidden:
             d_hidden[valid[part]] = d_logits @ w
         if grad_weight and dtype == weight.dtype:
-            d_weight.addmm_(d_logits.t(), h)
+            torch.addmm(d_weight, d_logits.t(), h, beta=int(start > 0), out=d_weight)
         elif grad_weight:
-            d_weight += d_logits.t() @ h
+            product = d_logits.t() @ h
+            d_weight.add_(product) if start else d_weight.copy_(product)
     return sums, d_hidden, d_weight
 
 
