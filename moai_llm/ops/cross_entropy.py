@@ -33,6 +33,9 @@ class Objective(NamedTuple):
     smoothing: float = 0.1
 
 
+PLAIN = Objective()
+
+
 class LossSums(NamedTuple):
     """Sums over the rows that have a target, fp32 (fp64 for fp64 inputs)."""
 
@@ -45,7 +48,7 @@ def linear_cross_entropy(
     weight: Tensor,
     targets: Tensor,
     *,
-    objective: Objective = Objective(),  # noqa: B008 - immutable
+    objective: Objective = PLAIN,
     ignore_index: int = -100,
     chunk_rows: int | None = None,
 ) -> LossSums:
@@ -76,18 +79,29 @@ def default_chunk_rows(vocab_size: int, device_type: str) -> int:
     return max(64, min(most, budget // (4 * vocab_size)))
 
 
-def row_losses_(logits: Tensor, targets: Tensor, objective: Objective, gradient: bool) -> Tensor:
-    """(2,) sums of objective and cross-entropy over rows of logits (R, V); with `gradient` the logits become
-    dL/dlogits.
+def row_losses(logits: Tensor, targets: Tensor, objective: Objective, gradient: Tensor | None) -> Tensor:
+    """(2,) sums of objective and cross-entropy over rows of logits (R, V), in fp32 or wider.
+
+    Args:
+        gradient: (R, V) gets dL/dlogits; may be the logits themselves.
     """
+    # on a CPU a few megabytes at a time: the passes over a block then find it in the caches
+    block = max(1, 2**20 // logits.shape[1]) if logits.device.type == "cpu" else max(1, logits.shape[0])
+    sums = torch.zeros(2, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
+    for start in range(0, logits.shape[0], block):
+        part = slice(start, start + block)
+        sums += _block_losses(logits[part], targets[part], objective, None if gradient is None else gradient[part])
+    return sums
+
+
+def _block_losses(logits: Tensor, targets: Tensor, objective: Objective, gradient: Tensor | None) -> Tensor:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     at_target = targets[:, None]
-    mean_logit = logits.mean(-1) if objective.smoothed else None
-    peak = logits.amax(-1, keepdim=True)
-    target_logit = logits.gather(1, at_target)
-    logits.sub_(peak).exp_()
-    total = logits.sum(-1, keepdim=True)
-    log_total = (total.log() + peak).squeeze(1)
-    nll = log_total - target_logit.squeeze(1)
+    target_logit = logits.gather(1, at_target).squeeze(1).to(dtype)
+    mean_logit = logits.mean(-1, dtype=dtype) if objective.smoothed else None
+    log_p = torch.log_softmax(logits, -1, dtype=dtype)
+    nll = -log_p.gather(1, at_target).squeeze(1)
+    log_total = target_logit + nll
     loss = objective.cross_entropy * nll
     a = torch.full_like(nll, objective.cross_entropy)
     b, c = a.clone(), 0.0
@@ -107,11 +121,16 @@ def row_losses_(logits: Tensor, targets: Tensor, objective: Objective, gradient:
     if objective.z:
         loss = loss + objective.z * log_total.square()
         a = a + 2 * objective.z * log_total
-    if gradient:
-        logits.mul_(a[:, None] / total)
-        logits.scatter_add_(1, at_target, -b[:, None])
+    if gradient is not None:
+        direct = gradient.dtype == dtype
+        slopes = torch.exp(log_p, out=gradient) if direct else log_p.exp_()
+        if objective.cross_entropy != 1 or objective.focal or objective.smoothed or objective.z:
+            slopes.mul_(a[:, None])
+        slopes.scatter_add_(1, at_target, -b[:, None])
         if c:
-            logits.sub_(c)
+            slopes.sub_(c)
+        if not direct:
+            gradient.copy_(slopes)
     return torch.stack([loss.sum(), nll.sum()])
 
 
@@ -140,21 +159,12 @@ def _forward(
     d_weight = torch.empty_like(weight) if grad_weight else weight.new_empty(0)
     if not rows.shape[0]:
         d_weight.zero_()
-    # one pair of buffers for all chunks: products are made in dtype, losses and softmax in loss_dtype
-    products = rows.new_empty(min(chunk_rows, rows.shape[0]), w.shape[0])
-    buffer = products if dtype == loss_dtype else torch.empty_like(products, dtype=loss_dtype)
+    buffer = rows.new_empty(min(chunk_rows, rows.shape[0]), w.shape[0])  # one for all chunks
     for start in range(0, rows.shape[0], chunk_rows):
         part = slice(start, start + chunk_rows)
         h = rows[part]
-        d_logits, logits = products[: len(h)], buffer[: len(h)]
-        torch.mm(h, w.t(), out=d_logits)
-        if dtype != loss_dtype:
-            logits.copy_(d_logits)
-        sums += row_losses_(logits, wanted[part], terms, grad_hidden or grad_weight)
-        if not (grad_hidden or grad_weight):
-            continue
-        if dtype != loss_dtype:
-            d_logits.copy_(logits)
+        d_logits = logits = torch.mm(h, w.t(), out=buffer[: len(h)])
+        sums += row_losses(logits, wanted[part], terms, d_logits if grad_hidden or grad_weight else None)
         if grad_hidden and everything:
             torch.mm(d_logits, w, out=d_hidden[part])
         elif grad_hidden:
@@ -201,10 +211,10 @@ class _ChunkedFromLogits(torch.autograd.Function):
         for start in range(0, logits.shape[0], chunk_rows):
             part = slice(start, start + chunk_rows)
             valid = (targets[part] != ignore_index).nonzero().squeeze(1)
-            rows = logits[part][valid].to(loss_dtype)
-            sums += row_losses_(rows, targets[part][valid], objective, gradient is not None)
+            rows = logits[part][valid]
+            sums += row_losses(rows, targets[part][valid], objective, None if gradient is None else rows)
             if gradient is not None:
-                gradient[part][valid] = rows.to(logits.dtype)
+                gradient[part][valid] = rows
         ctx.save_for_backward(gradient)
         return sums
 
