@@ -54,10 +54,6 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-# module of transformers -> module of ours that registers with it: imported after it, at once where it is there already
-_AUTO = {
-    "transformers.models.auto.configuration_auto": "moai_llm.config",
-    "transformers.models.auto.modeling_auto": "moai_llm.modeling.model",
-}
-for _name in _AUTO:
-    register_post_import_hook(lambda module: import_module(_AUTO[module.__name__]), _name)
+# AutoConfig learns of our configs as soon as it exists, at once where it is there already; a config, once made, brings
+# its models along. To import these from here would be too early: transformers may be half imported at that moment.
+register_post_import_hook(lambda _: import_module("moai_llm.config"), "transformers.models.auto.configuration_auto")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ class MoaiConfig(Architecture, PreTrainedConfig):
         super().__post_init__(**kwargs)
         if not self.rotates:
             self.rope_parameters = None  # transformers fills in a default that no layer would read
+        import_module("moai_llm.modeling.model")  # who has a config may ask an Auto class for its model
 
     def validate_layer_type(self) -> None:
         """Replaces transformers' check, which does not know `none`; `Architecture.resolve` has checked both lists."""

@@ -406,6 +406,19 @@ def test_importing_the_package_is_enough_for_auto_classes(model_folder: Path, na
         assert done.stdout.strip() == wanted, done.stderr
 
 
+def test_the_package_does_not_disturb_an_import_of_transformers_from_its_middle(tmp_path: Path) -> None:
+    """A model file of transformers imports the Auto classes before it is complete itself."""
+    code = """
+import moai_llm
+from transformers.models.mamba import modeling_mamba
+from transformers import AutoConfig, AutoModelForCausalLM
+config = AutoConfig.for_model("moai", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+print(type(AutoModelForCausalLM.from_config(config)).__name__)
+"""
+    done = run_python(code, tmp_path)
+    assert done.stdout.strip() == "MoaiForCausalLM", done.stderr
+
+
 def test_control_without_the_package_auto_classes_do_not_know_it(model_folder: Path) -> None:
     code = "from transformers import AutoConfig\nAutoConfig.from_pretrained('runs/quickstart/model')"
     assert "moai" in run_python(code, model_folder).stderr
