@@ -7,6 +7,7 @@ whose candidates do not agree with the truth is refused: a fast wrong answer is 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
@@ -126,6 +127,7 @@ def peak_memory(run: Callable[[], Any]) -> int:
     if child == 0:
         try:
             torch.set_num_threads(1)  # the parent's pool does not survive a fork
+            ctypes.CDLL(None).malloc_trim(0)  # what the parent freed would serve the child without being seen
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again at what is resident now
             before = _status("VmRSS")
             run()

@@ -43,7 +43,7 @@ MIXERS = {
 def run(quick: bool = False) -> list[Table]:
     if not TEXT.exists():
         raise SystemExit(f"this benchmark trains on tiny Shakespeare, which is not at {TEXT}")
-    steps, seeds = (20, SEEDS[:1]) if quick else (400, SEEDS)
+    steps, seeds = (20, SEEDS[:1]) if quick else (200, SEEDS)
     with threads(2), tempfile.TemporaryDirectory() as folder:
         prepare_data(Path(folder))
         losses = {f"ours, {name}": [ours(name, Path(folder), steps, seed) for seed in seeds] for name in MIXERS}
