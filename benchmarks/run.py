@@ -17,6 +17,7 @@ BENCHMARKS = {
     "packing": "attention over packed documents: split against mask",
     "decode": "greedy decoding against transformers generate",
     "learning": "held-out loss on tiny Shakespeare beside a transformers baseline",
+    "transfer": "bits per byte after a model got another tokenizer, for each way to make its new rows",
 }
 
 

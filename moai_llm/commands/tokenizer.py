@@ -1,4 +1,4 @@
-"""Train a tokenizer on your text, and see how it cuts text into tokens."""
+"""Train a tokenizer on your text, see how it cuts text into tokens, give a model another one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from pathlib import Path
 
 from rich.text import Text
 
+from moai_llm.commands import transfer
 from moai_llm.runtime import MoaiError, make_console
 
 COLORS = ("black on bright_yellow", "black on bright_cyan", "black on bright_green", "black on bright_magenta")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,show}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,show,transfer}")
     train = verbs.add_parser("train", help="learn a byte-level BPE vocabulary")
     train.add_argument("sources", nargs="+", help="text, JSON lines, CSV or Parquet files, or folders of them")
     train.add_argument("--vocab-size", type=int, default=32000, help="tokens, bytes and special tokens included")
@@ -23,10 +24,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show = verbs.add_parser("show", help="colour the tokens of a text")
     show.add_argument("tokenizer", help="a tokenizer or model directory")
     show.add_argument("text", help="what to cut into tokens")
+    transfer.configure(verbs.add_parser("transfer", help="give a trained model another tokenizer"))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    {"train": _train, "show": _show}[arguments.verb](arguments)
+    {"train": _train, "show": _show, "transfer": transfer.run}[arguments.verb](arguments)
 
 
 def _train(arguments: argparse.Namespace) -> None:
