@@ -86,7 +86,7 @@ class Transfer:
 
         import moai_llm.modeling.model  # noqa: F401 - the Auto class must know our models
         from moai_llm.tokenizer import load_tokenizer
-        from moai_llm.tokenizer.transfer import vocabulary_rows
+        from moai_llm.tokenizer.transfer import ids_of, vocabulary_rows
 
         self.source, self.old, self.new = source, load_tokenizer(source), new
         _ = new.eos_id  # refused without one
@@ -95,7 +95,7 @@ class Transfer:
         except (OSError, ValueError, KeyError) as error:
             raise MoaiError(f"{source} cannot be loaded: {error}") from None
         self.old_size = int(self.model.get_input_embeddings().weight.shape[0])
-        self.rows = vocabulary_rows(self.old, new, self.old_size)
+        self.rows, self.used = vocabulary_rows(self.old, new, self.old_size), ids_of(self.old)
 
     def summary(self) -> str:
         named = self.rows[: self.new.vocab_size]
@@ -111,7 +111,7 @@ class Transfer:
         """Give `model`, this one or a copy of it, the new vocabulary and token ids in place."""
         from moai_llm.modeling.vocabulary import resize_vocabulary
 
-        resize_vocabulary(model, self.rows, init=init, used=range(self.old.vocab_size), seed=seed)
+        resize_vocabulary(model, self.rows, init=init, used=self.used, seed=seed)
         new = self.new
         ids: dict[str, int | None] = {
             "eos_token_id": new.eos_id,

@@ -11,6 +11,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from rich.status import Status
+
 from moai_llm.commands.transfer import INITS, Transfer
 from moai_llm.runtime import MoaiError, keep_freed_memory, make_console, pick_device, seed_everything
 
@@ -35,11 +37,13 @@ def run_check(transfer: Transfer, arguments: argparse.Namespace) -> None:
         console.print("bits per byte" + "".join(f"{head:>17}" for head in heads))
         for name in (UNCHANGED, *INITS):
             with console.status(name) as status:
-                found = trial.bits_per_byte(
-                    name, arguments.seed, lambda step, name=name: status.update(f"{name}, step {step}")
-                )
+                found = trial.bits_per_byte(name, arguments.seed, _reporter(status, name))
             cells = [*(f"{value:.4f}" for value in found), f"{trial.held_out_tokens(name):,}"]
             console.print(f"{name:<13}" + "".join(f"{cell:>17}" for cell in cells))
+
+
+def _reporter(status: Status, name: str) -> Callable[[int], None]:
+    return lambda step: status.update(f"{name}, step {step}")
 
 
 class Trial:

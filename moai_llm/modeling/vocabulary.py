@@ -135,7 +135,7 @@ def _require_matrices(model: Any) -> tuple[nn.Embedding, nn.Linear | None]:
             f"{type(model).__name__} embeds with {type(embedding).__name__} and ends in {type(head).__name__}: only "
             "plain matrices can be given another vocabulary"
         )
-    if head is not None and head.weight.shape != embedding.weight.shape:
-        raise MoaiError(f"the head {tuple(head.weight.shape)} is not of the size of the embedding "
-                        f"{tuple(embedding.weight.shape)}")  # fmt: skip
+    sizes = [part.weight.shape[0] for part in (head, embedding) if part is not None]
+    if sizes[0] != sizes[-1]:
+        raise MoaiError(f"{type(model).__name__} has {sizes[0]:,} rows in its head and {sizes[1]:,} in its embedding")
     return embedding, head

@@ -65,7 +65,7 @@ def vocabulary_rows(old: Tokenizer, new: Tokenizer, old_size: int) -> list[tuple
         MoaiError: the old tokenizer has ids beyond the embedding, the new one ids beyond its padded vocabulary, or one
             is not byte-level.
     """
-    known, wanted = _ids(old), _ids(new)
+    known, wanted = ids_of(old), ids_of(new)
     if max(known) >= old_size:
         raise MoaiError(
             f"the model has {old_size:,} rows in its embedding and its tokenizer ids up to {max(known):,}: they do not "
@@ -154,5 +154,6 @@ def _require_byte_level(tokenizer: Tokenizer, which: str) -> dict[int, str]:
     return names | {i: "".join(CHARACTER_OF[byte] for byte in text.encode("utf-8")) for i, text in plain.items()}
 
 
-def _ids(tokenizer: Tokenizer) -> set[int]:
+def ids_of(tokenizer: Tokenizer) -> set[int]:
+    """The ids that a token has; some tokenizers leave gaps between them."""
     return set(tokenizer.backend.get_vocab(with_added_tokens=True).values())
