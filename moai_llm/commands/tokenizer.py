@@ -1,32 +1,28 @@
-"""Train a tokenizer on your text, and see how it cuts text into tokens."""
+"""Train a tokenizer on your text, see how it cuts text into tokens, compare it with others."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from rich.text import Text
-
+from moai_llm.commands import tokenizer_report, tokenizer_show
 from moai_llm.runtime import MoaiError, make_console
-
-COLORS = ("black on bright_yellow", "black on bright_cyan", "black on bright_green", "black on bright_magenta")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,show}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,show,report}")
     train = verbs.add_parser("train", help="learn a byte-level BPE vocabulary")
     train.add_argument("sources", nargs="+", help="text, JSON lines, CSV or Parquet files, or folders of them")
     train.add_argument("--vocab-size", type=int, default=32000, help="tokens, bytes and special tokens included")
     train.add_argument("--out", required=True, help="directory to write")
     train.add_argument("--column", help="column that holds the text; found by itself when it has a usual name")
     train.add_argument("--overwrite", "--force", action="store_true", help="replace a tokenizer that is there")
-    show = verbs.add_parser("show", help="colour the tokens of a text")
-    show.add_argument("tokenizer", help="a tokenizer or model directory")
-    show.add_argument("text", help="what to cut into tokens")
+    tokenizer_show.configure(verbs.add_parser("show", help="colour the tokens of a text"))
+    tokenizer_report.configure(verbs.add_parser("report", help="compare tokenizers: length, losses, vocabulary, speed"))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    {"train": _train, "show": _show}[arguments.verb](arguments)
+    {"train": _train, "show": tokenizer_show.run, "report": tokenizer_report.run}[arguments.verb](arguments)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -53,18 +49,3 @@ def _train(arguments: argparse.Namespace) -> None:
         f"{tokenizer.vocab_size:,} tokens, {size / tokens:.2f} bytes per token on the first {len(sample)} documents"
     )
     console.print(f"written to {arguments.out}. Next: moai data prepare FILES --tokenizer {arguments.out} --out STORE")
-
-
-def _show(arguments: argparse.Namespace) -> None:
-    from moai_llm.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(arguments.tokenizer)
-    ids = tokenizer.encode(arguments.text)
-    line = Text()
-    for i, token in enumerate(ids):
-        piece = tokenizer.token_bytes(token).decode("utf-8", "backslashreplace")
-        line.append(piece.replace("\n", "⏎\n"), style=COLORS[i % len(COLORS)])
-    console = make_console()
-    console.print(line)
-    size = len(arguments.text.encode())
-    console.print(f"{len(ids)} tokens, {size} bytes, {size / max(1, len(ids)):.2f} bytes per token: {ids}")
