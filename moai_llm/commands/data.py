@@ -103,11 +103,11 @@ def _code_options(arguments: argparse.Namespace) -> CodeOptions | None:
     from moai_llm.tokenizer.fim import Fim
 
     fim = None if arguments.fim is None else Fim(arguments.fim, arguments.fim_order)
+    if fim is None and arguments.fim_order != "both":
+        raise MoaiError("--fim-order does nothing without --fim RATE")
     if fim is None and arguments.code_chunk is None:
-        if arguments.code_language or arguments.fim_order != "both":
-            raise MoaiError(
-                "--code-language and --fim-order do nothing without --fim or --code-chunk: name one of them"
-            )
+        if arguments.code_language:
+            raise MoaiError("--code-language does nothing without --fim or --code-chunk")
         return None
     return CodeOptions(fim, arguments.code_chunk, arguments.code_language)
 
@@ -118,7 +118,7 @@ def _about_code(report: Report) -> str:
             "none of the documents is source code: their files have no suffix of a known language. "
             "Name the language with --code-language"
         )
-    return f"{report.code:,} documents are source code, {report.filled:,} of them rearranged to fill in the middle"
+    return f"documents of source code: {report.code:,}; rearranged to fill in the middle: {report.filled:,}"
 
 
 def _warn_of_long_conversations(console: Console, store: Store) -> None:

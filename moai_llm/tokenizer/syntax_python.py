@@ -13,7 +13,7 @@ from moai_llm.tokenizer.syntax import Lines, Span, Syntax
 _HEADER = "if 1:\n"
 # the first line that is neither blank nor a comment begins with blanks
 _INDENTED = re.compile(r"(?:[ \t\f]*(?:#[^\r\n]*)?[\r\n])*[ \t]+[^\s#]")
-_CLAUSE = re.compile(r"^[ \t\f]*(?=(?:elif|else|except|finally|case)\b)", re.MULTILINE)
+_CLAUSE = re.compile(r"(?<=[\r\n])[ \t\f]*(?=(?:elif|else|except|finally|case)\b)")
 _TEMPLATES = (ast.JoinedStr, getattr(ast, "TemplateStr", ast.JoinedStr))  # places inside are wrong before Python 3.12
 
 

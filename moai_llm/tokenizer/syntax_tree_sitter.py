@@ -31,7 +31,11 @@ def _parser(language: str) -> Any:
 
 
 def tree_sitter_syntax(source: str, language: str) -> Syntax:
-    """See `syntax.syntax_of`; `language` is one of `_GRAMMARS`."""
+    """See `syntax.syntax_of`; `language` is one of `_GRAMMARS`.
+
+    Grammars name their nodes as they like, so what a list of statements is, is seen from the text: the children of a
+    node that begin lines of their own.
+    """
     lines = Lines(source)
     tree = _parser(language).parse(lines.data)
     root = tree.root_node
@@ -40,27 +44,25 @@ def tree_sitter_syntax(source: str, language: str) -> Syntax:
     while waiting:
         node, depth = waiting.pop()
         children = [(child, _bytes_to_span(lines, child)) for child in node.named_children]
-        # a list of statements or members: children on lines of their own, behind the bracket that opens the list
-        begin = lines.character(node.start_byte)
+        # a list of statements or members: children on lines of their own, the first of them not what begins the node,
+        # as `static` does a function
+        begin = -1 if node == root or node.type.endswith("list") else lines.character(node.start_byte)
         members = [
             (child, span)
             for child, span in children
-            if lines.begun_by(span[0]) is not None
-            and source[span[0] : span[0] + 1] not in "{(["
-            and (node == root or span[0] > begin)
+            if lines.begun_by(span[0]) is not None and not source.startswith("{", span[0]) and span[0] > begin
         ]
         inner = depth
-        if len(members) > 1 or any(child.type.endswith("clause") for child, _ in members):
+        if node == root or len(members) > 1 or any(child.type.endswith("clause") for child, _ in members):
             inner += 1
             if len(members) > 1 and not any(child.has_error for child, _ in members):
                 found.runs.append([span for _, span in members])
-            first, before = children[0][1][0], None
-            for child, (start, end) in members:
-                led = before is not None and lines.line(before) >= lines.line(start) - 1
+            for (before, (before_start, before_end)), (_, (start, _)) in zip(children, children[1:]):
+                leads = any(kind in before.type for kind in _LEADING) and lines.begun_by(before_start) is not None
+                follows = lines.line(start) - lines.line(before_end) <= 1  # that no blank line parts them
                 line_start = lines.begun_by(start)
-                if start != first and not led and line_start is not None:
+                if line_start is not None and not source.startswith("{", start) and not (leads and follows):
                     found.borders.setdefault(line_start, depth)
-                before = end if any(kind in child.type for kind in _LEADING) else None
         found.nodes.extend(span for child, span in children if span[0] < span[1] and not child.has_error)
         waiting += [(child, inner) for child, _ in children]
     return found
