@@ -24,8 +24,7 @@ class CodeOptions:
     """What to do with source code.
 
     fim: rearrange a share of its documents to fill in the middle.
-    chunk: the most tokens of a document; longer ones become several, cut between statements. A rearranged one may hold
-        a few more, since its parts are encoded apart.
+    chunk: the most tokens of a document; longer ones become several, cut between statements.
     language: of documents whose place does not tell.
     """
 
@@ -99,4 +98,6 @@ def _pieces(tokenizer: Tokenizer, number: int, text: str, place: str, options: C
         filled = None
         if options.fim is not None:
             filled = fim_document(tokenizer, piece, options.fim, number, part=part, language=language)
+        if filled is not None and options.chunk is not None and len(filled) > options.chunk:
+            filled = None  # its parts, encoded apart, are a few tokens more than the whole
         yield _Piece(piece, part == len(cut) - 1, True, filled)

@@ -90,6 +90,7 @@ def test_chunks_that_are_rearranged(tmp_path: Path, filling: Tokenizer) -> None:
     made, report = store(tmp_path, filling, [(long, "a.py")], CodeOptions(Fim(0.5), chunk=60))
     ends = [made.document(i).tolist()[-1] == filling.eos_id for i in range(len(made))]
     starts = [made.document(i).tolist()[0] == filling.special_ids["<|fim_prefix|>"] for i in range(len(made))]
+    assert max(made.lengths()) <= 60
     assert sum(starts) == report.filled and 0 < report.filled < len(made)
     assert ends == [*starts[:-1], True]
     assert made.manifest.text_bytes == len(long.encode())
