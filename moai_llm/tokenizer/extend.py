@@ -17,12 +17,10 @@ from typing import Any
 import tokenizers
 
 from moai_llm.runtime import MoaiError
-from moai_llm.tokenizer.byte_level import read_bpe, spell, unspell
+from moai_llm.tokenizer.byte_level import read_bpe, spell
 from moai_llm.tokenizer.load import Tokenizer
 from moai_llm.tokenizer.merges import Pairs, Segment, learn_merges
-from moai_llm.tokenizer.sample import cut
-from moai_llm.tokenizer.split import O200K_SPLIT
-from moai_llm.tokenizer.words import LONGEST_WORD, WordCounts, count_words
+from moai_llm.tokenizer.words import WordCounts, count_words
 
 CHECKED = 20_000  # of the most frequent words, on which the result is compared with the old tokenizer
 
@@ -38,20 +36,18 @@ def extend_tokenizer(
     """Grow `base` to `vocab_size` ids by merges learned on `texts`.
 
     Args:
-        texts: documents of the domain, or their table of words as `count_base_words` counts them.
+        texts: documents of the domain, or a table of their words that `word_counter` filled.
         fewer: be content with the merges the text supports, where it supports fewer.
 
     Raises:
         MoaiError: the base is not a byte-level BPE, has that many tokens already, or the text supports fewer merges.
     """
-    read_bpe(base.backend)  # complains of what is not byte-level BPE
-    room = vocab_size - base.vocab_size
-    if room <= 0:
-        raise MoaiError(
-            f"the base has {base.vocab_size:,} tokens already: --vocab-size counts all tokens of the result, "
-            f"so it must be larger, got {vocab_size:,}"
-        )
-    words = texts if isinstance(texts, WordCounts) else count_base_words(base, texts)
+    room = new_tokens(base, vocab_size)
+    words = texts if isinstance(texts, WordCounts) else WordCounts()
+    if not isinstance(texts, WordCounts):
+        add = word_counter(base, words)
+        for text in texts:
+            add(text)
     if len(words) == 0:
         raise MoaiError("the extension got no text: the sources are empty")
     tokens = [base.token_bytes(i) for i in range(base.vocab_size)]
@@ -75,23 +71,31 @@ def expansions(pairs: Pairs, first_id: int) -> dict[int, tuple[int, ...]]:
     return table
 
 
-def count_base_words(base: Tokenizer, texts: Iterable[str]) -> WordCounts:
-    """The words of texts as the base splits them, its normalisation included."""
-    normalizer, pre_tokenizer = base.backend.normalizer, base.backend.pre_tokenizer
-    if normalizer is None and read_bpe(base.backend).pattern == O200K_SPLIT:
-        return count_words(texts)
-    table = WordCounts()
-    for text in texts:
-        text = text.encode("utf-8", "replace").decode("utf-8")
-        for piece in cut(text, 1 << 16):
-            piece = piece if normalizer is None else normalizer.normalize_str(piece)
-            words = (unspell(word) or b"" for word, _ in pre_tokenizer.pre_tokenize_str(piece))
-            table.add_words(part for word in words for part in _clipped(word))
-    return table
+def new_tokens(base: Tokenizer, vocab_size: int) -> int:
+    """How many tokens there are to learn.
+
+    Raises:
+        MoaiError: the base is not a byte-level BPE, or has that many tokens already.
+    """
+    read_bpe(base.backend)
+    if vocab_size <= base.vocab_size:
+        raise MoaiError(
+            f"the base has {base.vocab_size:,} tokens already: --vocab-size counts all tokens of the result, "
+            f"so it must be larger, got {vocab_size:,}"
+        )
+    return vocab_size - base.vocab_size
 
 
-def _clipped(word: bytes) -> Iterable[bytes]:
-    return (word[i : i + LONGEST_WORD] for i in range(0, len(word), LONGEST_WORD))
+def word_counter(base: Tokenizer, table: WordCounts) -> Callable[[str], object]:
+    """What adds the words of a text to a table, split as the base splits them, its normalisation included."""
+    normalizer, pattern = base.backend.normalizer, read_bpe(base.backend).pattern
+
+    def add(text: str) -> None:
+        if normalizer is not None:
+            text = normalizer.normalize_str(text.encode("utf-8", "replace").decode("utf-8"))
+        count_words([text], pattern, table)
+
+    return add
 
 
 def _segmenter(base: Tokenizer) -> Segment:

@@ -67,11 +67,13 @@ def learn_merges(
     try:
         while thread.is_alive():
             thread.join(0.25)
-            if progress is not None:
+            if progress is not None and thread.is_alive():
                 progress(int(live[0]))
     finally:
         live[1] = 1
         thread.join()
+    if progress is not None:
+        progress(int(live[0]))
     if not result:
         raise MemoryError("learning merges failed: there is not enough memory for this table of words")
     left, right = result[0]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -30,6 +31,7 @@ class Sample:
     texts: dict[str, list[str]] = field(default_factory=dict)
     held_out: dict[str, list[str]] = field(default_factory=dict)  # never learned from
     read: dict[str, int] = field(default_factory=dict)  # bytes of text seen
+    sizes: dict[str, int] = field(default_factory=dict)  # bytes to learn from
     documents: dict[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[str]:
@@ -37,36 +39,37 @@ class Sample:
         for pieces in self.texts.values():
             yield from pieces
 
-    def size(self, label: str) -> int:
-        """Bytes of text to learn from."""
-        return sum(map(_size, self.texts[label]))
-
 
 def sample_texts(
     sources: Mapping[str, Iterable[str]],
-    budget: int,
+    budget: int | None,
     *,
     share: float = 1.0,
     most_documents: int | None = None,
     seed: int = 0,
+    sink: Callable[[str], object] | None = None,
     progress: Progress | None = None,
 ) -> Sample:
     """Sample each language once through.
 
     Args:
         sources: label -> documents.
-        budget: bytes of text in the whole sample. Each label gets an equal part; one that has less text gives all it
-            has.
+        budget: bytes of text in the whole sample, None for no bound. Each label gets an equal part; one that has less
+            text gives all it has.
         share: of the text to keep, before the budget counts: 0.2 takes a fifth of every language.
         most_documents: stop reading a label after so many.
+        sink: gets the pieces as they come instead of the sample, for who need not hold them; without a budget only.
+        progress: called after each document.
 
     Raises:
         MoaiError: a label without text.
     """
     sample = Sample()
-    part = max(1, int(budget * share)) // max(1, len(sources))
+    assert budget is None or sink is None
+    part = sys.maxsize if budget is None else int(budget * share) // max(1, len(sources))
     for label, texts in sources.items():
-        chosen, held = _Smallest(part), _Smallest(HELD_OUT_BYTES)
+        chosen = _Smallest(part) if sink is None else _Through(sink)
+        held = _Smallest(HELD_OUT_BYTES)
         read = documents = 0
         for document, text in enumerate(texts):
             if documents == most_documents:
@@ -82,17 +85,18 @@ def sample_texts(
                     chosen.offer(rank, piece, size)
             if progress is not None:
                 progress(label, documents, read)
-        pieces, measured = chosen.kept(), held.kept()
-        if read < SHORT or not pieces:  # too little to set some aside
-            pieces, measured = pieces + measured, []
-        if not any(map(str.strip, pieces)):
+        if read < SHORT:  # too little to set some aside
+            for piece in held.kept():
+                chosen.offer(0.0, piece, _size(piece))
+            held = _Smallest(0)
+        if chosen.used == 0:
             raise MoaiError(
                 f"the tokenizer got no text for {label}: its sources are empty"
                 if read == 0
-                else f"the sample of {label} is empty: {read} bytes of text are too little for a share of {share:g}"
+                else f"the sample of {label} is empty: a share of {share:g} of {read} bytes of text is too little"
             )
-        sample.texts[label], sample.held_out[label] = pieces, measured
-        sample.read[label], sample.documents[label] = read, documents
+        sample.texts[label], sample.held_out[label] = chosen.kept(), held.kept()
+        sample.sizes[label], sample.read[label], sample.documents[label] = chosen.used, read, documents
     return sample
 
 
@@ -121,9 +125,8 @@ class _Smallest:
     """Keeps what has the smallest ranks within a budget of bytes."""
 
     def __init__(self, budget: int) -> None:
-        self.budget, self.used, self.count = budget, 0, 0
+        self.budget, self.used, self.count, self.full = budget, 0, 0, False
         self.heap: list[tuple[float, int, str, int]] = []  # largest rank first
-        self.full = False
 
     def offer(self, rank: float, piece: str, size: int) -> None:
         if self.full and self.heap and rank >= -self.heap[0][0]:
@@ -138,3 +141,17 @@ class _Smallest:
     def kept(self) -> list[str]:
         """In the order they came."""
         return [piece for _, _, piece, _ in sorted(self.heap, key=lambda entry: entry[1])]
+
+
+class _Through:
+    """Hands on what comes."""
+
+    def __init__(self, sink: Callable[[str], object]) -> None:
+        self.sink, self.used = sink, 0
+
+    def offer(self, rank: float, piece: str, size: int) -> None:
+        self.sink(piece)
+        self.used += size
+
+    def kept(self) -> list[str]:
+        return []

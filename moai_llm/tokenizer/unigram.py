@@ -6,6 +6,7 @@ outside the vocabulary is spelled in bytes. Slower to train than BPE, and slower
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,10 +56,12 @@ def train_unigram(
                 num_threads=1, minloglevel=2,
             )  # fmt: skip
         except (RuntimeError, OSError) as error:
-            raise MoaiError(
-                f"sentencepiece cannot learn {vocab_size} tokens from {len(words):,} distinct words: {error}. "
-                "Use another --vocab-size or more text"
-            ) from None
+            most = re.search(r"value <= (\d+)", str(error))
+            what = f"{len(words):,} distinct words do not give {vocab_size} Unigram tokens"
+            if most is None:
+                raise MoaiError(f"{what}: sentencepiece says {error}") from None
+            supported = vocab_size - (pieces + 257 - int(most[1]))
+            raise MoaiError(f"{what}: use --vocab-size {supported} or less, or more text") from None
         model = sentencepiece.SentencePieceProcessor(model_file=str(Path(folder, "unigram.model")))
     scored = [(model.id_to_piece(i), model.get_score(i)) for i in range(257, model.vocab_size())]
     lowest = min((score for _, score in scored), default=0.0)

@@ -160,7 +160,7 @@ def load_word_counts(file: str | Path) -> WordCounts:
     if not path.is_file():
         raise MoaiError(f"{path}: no such table of word counts")
     try:
-        with np.load(path, allow_pickle=False) as saved:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as saved:
             data, lengths, counts = saved["data"], saved["lengths"], saved["counts"]
             split, forgotten = str(saved["split"]), int(saved["forgotten"])
     except Exception as error:  # numpy, zipfile and zlib have each their own
@@ -184,9 +184,11 @@ def split_words(text: str, pattern: str = O200K_SPLIT) -> Iterator[str]:
     return (match.group() for match in regex.finditer(pattern, text))
 
 
-def count_words(texts: Iterable[str], pattern: str = O200K_SPLIT) -> WordCounts:
-    """The word table of texts; a split pattern other than ours goes through the regex library, several times slower."""
-    table = WordCounts()
+def count_words(texts: Iterable[str], pattern: str = O200K_SPLIT, table: WordCounts | None = None) -> WordCounts:
+    """The word table of texts, or `table` with their words added. A split pattern other than ours goes through the
+    regex library, several times slower.
+    """
+    table = WordCounts() if table is None else table
     if pattern == O200K_SPLIT:
         for text in texts:
             table.add(text)
