@@ -225,10 +225,10 @@ def test_mistakes(fails: Moai, arguments: list[str], message: str) -> None:
     ("arguments", "message"),
     [
         (["train"], "required: recipe"),
-        (["train", "moai-3b-tiny", "--resum"], "unknown argument '--resum' (did you mean --resume?)"),
-        (["generate", "m", "--prompt", "x", "--temprature", "1"], "did you mean --temperature?"),
+        (["train", "moai-3b-tiny", "--resum"], "unknown argument '--resum' (did you mean '--resume'?)"),
+        (["generate", "m", "--prompt", "x", "--temprature", "1"], "did you mean '--temperature'?"),
         (["data", "prepare", "x", "--tokeniser", "t", "--out", "o"], "required: --tokenizer"),
-        (["eval", "perplexity", "m", "--windw", "3"], "did you mean --window?"),
+        (["eval", "perplexity", "m", "--windw", "3"], "did you mean '--window'?"),
         (["tokenizer", "trane"], "invalid choice: 'trane'"),
         (["tokenizer"], "required: {train,extend,show,report}"),
         (["data"], "required: {prepare,info,show}"),
