@@ -2,8 +2,8 @@
 makes of it. Knows no syntax; see syntax.py for that.
 
 Code needs no vocabulary of its own. Its tokens are those of byte-level BPE with a split that keeps indentation and
-operators whole (train.SPLIT). A syntax tree is never a second vocabulary here: nodes do not become tokens, the tree
-only says where text may be cut.
+operators whole (split.O200K_SPLIT). A syntax tree is never a second vocabulary here: nodes do not become tokens, the
+tree only says where text may be cut.
 """
 
 from __future__ import annotations
