@@ -7,13 +7,14 @@ from pathlib import Path
 
 from rich.text import Text
 
+from moai_llm.commands import tokenizer_template
 from moai_llm.runtime import MoaiError, make_console
 
 COLORS = ("black on bright_yellow", "black on bright_cyan", "black on bright_green", "black on bright_magenta")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,show}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{train,show,template}")
     train = verbs.add_parser("train", help="learn a byte-level BPE vocabulary")
     train.add_argument("sources", nargs="+", help="text, JSON lines, CSV or Parquet files, or folders of them")
     train.add_argument("--vocab-size", type=int, default=32000, help="tokens, bytes and special tokens included")
@@ -23,10 +24,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show = verbs.add_parser("show", help="colour the tokens of a text")
     show.add_argument("tokenizer", help="a tokenizer or model directory")
     show.add_argument("text", help="what to cut into tokens")
+    tokenizer_template.configure(
+        verbs.add_parser("template", help="see a conversation rendered, choose the chat template")
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    {"train": _train, "show": _show}[arguments.verb](arguments)
+    {"train": _train, "show": _show, "template": tokenizer_template.run}[arguments.verb](arguments)
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ control token into a conversation. Any other Jinja template goes through `custom
 
 from __future__ import annotations
 
+import json
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 from weakref import WeakKeyDictionary, proxy
 
-from moai_llm.runtime import MoaiError, did_you_mean
+from moai_llm.runtime import MoaiError, did_you_mean, write_atomically
 from moai_llm.tokenizer.load import Tokenizer
 from moai_llm.tokenizer.templates import CONTROL, TEMPLATES, Message, Template, Tool
 
@@ -97,7 +98,7 @@ def template_tokens(name_or_path: str | Path) -> tuple[str, ...]:
 
 
 def set_template(tokenizer: Tokenizer, name_or_path: str | Path) -> None:
-    """Put a template in force: chatml, llama3, gemma or a Jinja file. Writes nothing; `Tokenizer.save` does.
+    """Put a template in force: chatml, llama3, gemma or a Jinja file. `Tokenizer.save` and `save_template` keep it.
 
     Raises:
         MoaiError: no such template, or the tokenizer has not the control tokens it writes.
@@ -112,6 +113,23 @@ def set_template(tokenizer: Tokenizer, name_or_path: str | Path) -> None:
     known = TEMPLATES.get(str(name_or_path))
     if known is not None and known.begin:
         tokenizer.roles["bos_token"] = known.begin
+
+
+def save_template(tokenizer: Tokenizer, directory: str | Path) -> Path:
+    """Write the template in force beside a tokenizer that lies on disk, and leave its other files and settings.
+
+    Returns:
+        The Jinja file.
+    """
+    path = Path(directory)
+    path = path.parent if path.is_file() else path
+    settings_file = path / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.is_file() else {}
+    settings.pop("chat_template", None)  # older files carry it here
+    settings.update(tokenizer.roles)
+    write_atomically(settings_file, json.dumps(settings, indent=2, ensure_ascii=False))
+    write_atomically(path / "chat_template.jinja", tokenizer.chat_template or "")
+    return path / "chat_template.jinja"
 
 
 def _source(name_or_path: str | Path) -> str:
