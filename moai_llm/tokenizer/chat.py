@@ -49,7 +49,8 @@ def render(
         messages: [{"role": "system" | "user" | "assistant" | "tool", "content": text}, ...]; an assistant's may have
             "tool_calls": [{"name": ..., "arguments": mapping or JSON text}, ...], each by itself or under "function".
         tools: JSON descriptions of the functions the assistant may call.
-        add_generation_prompt: end with the header of an assistant turn, for the model to go on.
+        add_generation_prompt: end with the header of an assistant turn, for the model to go on. Where a Jinja template
+            has no `{% generation %}` tags, nothing of such a prompt is marked as learned.
 
     Raises:
         MoaiError: an unknown role, a missing key, a tokenizer without a chat template, or a conversation the template
