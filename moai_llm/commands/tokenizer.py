@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from moai_llm.commands import tokenizer_report, tokenizer_show, tokenizer_train
+from moai_llm.commands import tokenizer_report, tokenizer_show, tokenizer_template, tokenizer_train
 
 # verb -> (what adds its arguments, what runs it, what it does)
 VERBS = {
     "train": (tokenizer_train.configure_train, tokenizer_train.train, "learn a vocabulary from text"),
     "extend": (tokenizer_train.configure_extend, tokenizer_train.extend, "grow a vocabulary by merges of a domain"),
     "show": (tokenizer_show.configure, tokenizer_show.run, "colour the tokens of a text"),
-    "report": (
-        tokenizer_report.configure,
-        tokenizer_report.run,
-        "compare tokenizers: length, losses, speed",
-    ),
+    "report": (tokenizer_report.configure, tokenizer_report.run, "compare tokenizers: length, losses, speed"),
+    "template": (tokenizer_template.configure, tokenizer_template.run, "see a conversation rendered, set the template"),
 }
 
 

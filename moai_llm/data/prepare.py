@@ -124,7 +124,7 @@ def prepare_texts(
 
 
 def prepare_chats(
-    conversations: Iterable[tuple[list[dict[str, str]], str]],
+    conversations: Iterable[tuple[list[dict[str, Any]], str]],
     tokenizer: Tokenizer,
     out: str | Path,
     sources: list[str],
@@ -132,25 +132,33 @@ def prepare_chats(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """A chat store from (messages, place) pairs."""
+    """A chat store from (messages, place) pairs, by the tokenizer's chat template; messages may have `tools`."""
     read, dropped = 0, Counter[str]()
     with StoreWriter(out, tokenizer, "chat", overwrite=overwrite) as writer:
         for messages, place in conversations:
             read += 1
-            if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+            if not any(m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls")) for m in messages):
                 dropped["no assistant turn"] += 1
                 continue
             try:
-                rendered = render(tokenizer, messages)
+                rendered = render(tokenizer, messages, tools=getattr(messages, "tools", None))
             except MoaiError as error:
                 raise MoaiError(f"{place}: {error}") from None
+            if not any(rendered.learn):
+                dropped["nothing to learn by the chat template"] += 1
+                continue
             writer.add(
                 rendered.ids, sum(len(m["content"].encode("utf-8", "replace")) for m in messages), rendered.learn
             )
             if progress is not None:
                 progress(read, writer.tokens)
         if read and dropped.total() == read:
-            raise MoaiError(f"none of the {read} conversations has an assistant turn to learn from")
+            raise MoaiError(
+                f"none of the {read} conversations has an assistant turn to learn from"
+                if dropped["no assistant turn"] == read
+                else f"the chat template leaves nothing to learn in any of the {read} conversations: look at one with "
+                "`moai tokenizer template`"
+            )
         return Report(writer.close(sources), read, dropped)
 
 

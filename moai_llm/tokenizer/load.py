@@ -57,8 +57,10 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens at which generation stops: the end of a document, and of a turn where there is one."""
-        return [self.eos_id, *[self.special_ids[t] for t in (TURN_END,) if t in self.special_ids]]
+        """Tokens at which generation stops: the end of a document, and of an answer by the chat template in force."""
+        from moai_llm.tokenizer.chat import turn_ends
+
+        return list(dict.fromkeys([self.eos_id, *turn_ends(self)]))
 
     def _role(self, role: str) -> int:
         token = self.roles.get(role)
