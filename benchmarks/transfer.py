@@ -7,24 +7,22 @@ of financial reports (TAT-QA), in two ways: its merges are continued, or another
 
 from __future__ import annotations
 
-import heapq
 import json
 import re
 import statistics
 import tempfile
-from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import Table, threads
 from moai_llm import recipe as recipes
-from moai_llm.commands.transfer import INITS, Transfer, find_source
-from moai_llm.commands.transfer_check import UNCHANGED, Trial
+from moai_llm.commands.tokenizer_transfer import INITS, Transfer, find_source
+from moai_llm.commands.tokenizer_transfer_check import UNCHANGED, Trial
 from moai_llm.data.prepare import prepare_texts
 from moai_llm.tokenizer import Tokenizer
-from moai_llm.tokenizer.load import BYTE_OF
-from moai_llm.tokenizer.train import build_tokenizer, train_tokenizer
+from moai_llm.tokenizer.extend import extend_tokenizer
+from moai_llm.tokenizer.train import train_tokenizer
 from moai_llm.training.loop import train
 
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
@@ -45,7 +43,7 @@ def run(quick: bool = False) -> list[Table]:
     general, finance = general_texts(), finance_texts()
     learned = [text for i, text in enumerate(finance) if i % 10]  # what Trial does not hold out
     old = train_tokenizer(general, VOCABULARY)
-    continued = continue_merges(old, learned, NEW_TOKENS)
+    continued = extend_tokenizer(old, learned, VOCABULARY + NEW_TOKENS)
     other = train_tokenizer([*general[::4], *learned], VOCABULARY + NEW_TOKENS)
     tables = []
     with threads(2), tempfile.TemporaryDirectory() as folder:
@@ -116,62 +114,3 @@ def finance_texts() -> list[str]:
         table = [" | ".join(row) for row in report["table"]["table"]]
         texts.append("\n".join(table) + "\n\n" + "\n\n".join(p["text"] for p in report["paragraphs"]))
     return texts
-
-
-def continue_merges(tokenizer: Tokenizer, texts: Iterable[str], count: int) -> Tokenizer:
-    """The tokenizer with up to `count` merges more, learned from texts: byte-pair encoding that goes on where it had
-    stopped. The special tokens stay last, so their ids move.
-    """
-    merges = [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size - len(tokenizer.special_ids))]
-    return build_tokenizer(merges + learn_merges(tokenizer, texts, count), list(tokenizer.special_ids))
-
-
-def learn_merges(tokenizer: Tokenizer, texts: Iterable[str], count: int) -> list[bytes]:
-    """The bytes of the next merges, in order: the pair that is most frequent, again and again."""
-    words: Counter[str] = Counter()
-    for text in texts:
-        words.update(word for word, _ in tokenizer.backend.pre_tokenizer.pre_tokenize_str(text))
-    pieces = [[token.value for token in tokenizer.backend.model.tokenize(word)] for word in words]
-    weights, known = list(words.values()), set(tokenizer.backend.get_vocab())
-    pairs: Counter[tuple[str, str]] = Counter()
-    where: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
-    for w, parts in enumerate(pieces):
-        for pair in zip(parts, parts[1:]):
-            pairs[pair] += weights[w]
-            where[pair].add(w)
-    heap = [(-n, pair) for pair, n in pairs.items()]
-    heapq.heapify(heap)
-    learned: list[str] = []
-    while heap and len(learned) < count:
-        n, pair = heapq.heappop(heap)
-        if -n != pairs[pair]:  # its count fell since; it comes again in its place
-            if pairs[pair] > 0:
-                heapq.heappush(heap, (-pairs[pair], pair))
-            continue
-        joined = pair[0] + pair[1]
-        if joined in known:  # a token already, which other merges lead to
-            continue
-        known.add(joined)
-        learned.append(joined)
-        changed = set()
-        for w in where.pop(pair):
-            parts = pieces[w]
-            pairs.subtract({p: weights[w] * k for p, k in Counter(zip(parts, parts[1:])).items()})
-            pieces[w] = parts = _merged(parts, pair)
-            for new in zip(parts, parts[1:]):
-                pairs[new] += weights[w]
-                where[new].add(w)
-                changed.add(new)
-        for new in changed:
-            heapq.heappush(heap, (-pairs[new], new))
-    return [bytes(BYTE_OF[c] for c in name) for name in learned]
-
-
-def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    out: list[str] = []
-    i = 0
-    while i < len(parts):
-        both = tuple(parts[i : i + 2]) == pair
-        out.append(parts[i] + parts[i + 1] if both else parts[i])
-        i += 2 if both else 1
-    return out

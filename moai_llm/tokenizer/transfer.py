@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 
 from moai_llm.runtime import MoaiError
-from moai_llm.tokenizer.load import BYTE_OF, END_OF_TEXT, PAD, TURN_END, TURN_START, Tokenizer
-from moai_llm.tokenizer.train import CHARACTER_OF
+from moai_llm.tokenizer.byte_level import BYTE_OF, spell, unspell
+from moai_llm.tokenizer.load import END_OF_TEXT, PAD, TURN_END, TURN_START, Tokenizer
 
 Expansions = dict[int, tuple[int, ...]]
 
@@ -65,7 +65,7 @@ def vocabulary_rows(old: Tokenizer, new: Tokenizer, old_size: int) -> list[tuple
         MoaiError: the old tokenizer has ids beyond the embedding, the new one ids beyond its padded vocabulary, or one
             is not byte-level.
     """
-    known, wanted = ids_of(old), ids_of(new)
+    found, known, wanted = expansions(old, new), ids_of(old), ids_of(new)
     if max(known) >= old_size:
         raise MoaiError(
             f"the model has {old_size:,} rows in its embedding and its tokenizer ids up to {max(known):,}: they do not "
@@ -76,7 +76,7 @@ def vocabulary_rows(old: Tokenizer, new: Tokenizer, old_size: int) -> list[tuple
             f"the new tokenizer has {new.vocab_size:,} tokens but ids up to {max(wanted):,}: number its tokens without "
             "gaps"
         )
-    found, spare = expansions(old, new), [i for i in range(old_size) if i not in known]
+    spare = [i for i in range(old_size) if i not in known]
     rows, padding = [], 0
     for i in range(new.padded_vocab_size):
         if i in wanted or not spare:
@@ -125,7 +125,7 @@ class _Cutter:
         if self.split is None:
             return [name]
         try:
-            text = bytes(BYTE_OF[c] for c in name).decode("utf-8")
+            text = (unspell(name) or b"").decode("utf-8")
         except UnicodeDecodeError:  # a part of a character
             return [name]
         pieces = [piece for piece, _ in self.split.pre_tokenize_str(text)]
@@ -151,7 +151,7 @@ def _require_byte_level(tokenizer: Tokenizer, which: str) -> dict[int, str]:
             "carried over. Byte-level are those of `moai tokenizer train`, GPT-2, Llama 3 and Qwen"
         )
     plain = {i: token.content for i, token in added.items() if not token.special}
-    return names | {i: "".join(CHARACTER_OF[byte] for byte in text.encode("utf-8")) for i, text in plain.items()}
+    return names | {i: spell(text.encode("utf-8")) for i, text in plain.items()}
 
 
 def ids_of(tokenizer: Tokenizer) -> set[int]:

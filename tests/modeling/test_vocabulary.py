@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PhiConfig, PhiForCausalLM
 
-from moai_llm.commands.transfer import INITS as NAMES
+from moai_llm.commands.tokenizer_transfer import INITS as NAMES
 from moai_llm.modeling.vocabulary import CHUNK, INITS, Row, resize_vocabulary
 from moai_llm.runtime import MoaiError
 from tests.conftest import tiny_model

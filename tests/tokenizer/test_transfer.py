@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
 
-from benchmarks.transfer import continue_merges, learn_merges
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
-from moai_llm.tokenizer.train import CHARACTER_OF, train_tokenizer
+from moai_llm.tokenizer.extend import extend_tokenizer, old_ids
+from moai_llm.tokenizer.train import train_tokenizer
 from moai_llm.tokenizer.transfer import Expansions, expansions, vocabulary_rows
+from tests.tokenizer.test_extend import BASES
+from tests.tokenizer.test_extend import DOMAIN as EXTENSION
 
 DOMAIN = [
     "The balance sheet shows deposits of 1,250 and interest income of 348.5; net revenue rose 12% year over year. " * 4,
@@ -47,39 +48,33 @@ def permuted(tokenizer: Tokenizer, seed: int = 0) -> tuple[Tokenizer, list[int]]
     return remade(tokenizer, change), order
 
 
-def extended(tokenizer: Tokenizer, texts: Sequence[str], count: int) -> Tokenizer:
-    """`count` merges more with ids behind all others: no old id changes."""
-    new = ["".join(CHARACTER_OF[byte] for byte in token) for token in learn_merges(tokenizer, texts, count)]
-
-    def change(spec: dict[str, Any]) -> None:
-        vocab = spec["model"]["vocab"]
-        pairs = json.loads(continue_merges(tokenizer, texts, count).backend.to_str())["model"]["merges"]
-        vocab.update({token["content"]: token["id"] for token in spec["added_tokens"]})
-        vocab.update({name: tokenizer.vocab_size + i for i, name in enumerate(new)})
-        spec["model"]["merges"] = pairs
-
-    return remade(tokenizer, change)
-
-
 def spelled(found: Expansions, ids: list[int]) -> list[int]:
     return [old for i in ids for old in found[i]]
 
 
-@pytest.mark.parametrize("make", [extended, continue_merges])
-def test_continued_merges_are_spelled_as_the_old_tokenizer_cuts_them(tokenizer: Tokenizer, make: Any) -> None:
-    """The law of an extension: the expansion of the new encoding is the old encoding."""
-    new = make(tokenizer, DOMAIN, 100)
+@pytest.mark.parametrize("moved", [False, True])
+def test_continued_merges_are_spelled_as_the_old_tokenizer_cuts_them(tokenizer: Tokenizer, moved: bool) -> None:
+    """The law of an extension, whatever its ids: the expansion of the new encoding is the old encoding."""
+    new, order = extend_tokenizer(tokenizer, DOMAIN, 612), list(range(612))
+    if moved:
+        new, order = permuted(new)
     found = expansions(tokenizer, new)
-    assert new.vocab_size == tokenizer.vocab_size + 100 and len(found) == new.vocab_size
+    assert len(found) == new.vocab_size == 612
     shorter = 0
     for text in TEXTS:
-        ids, old_ids = new.encode(text), tokenizer.encode(text)
-        assert spelled(found, ids) == old_ids and new.decode(ids) == text
-        shorter += len(old_ids) - len(ids)
+        ids, old = new.encode(text), tokenizer.encode(text)
+        assert spelled(found, ids) == old and new.decode(ids) == text
+        shorter += len(old) - len(ids)
     assert shorter > 50
-    assert sorted(parts[0] for parts in found.values() if len(parts) == 1) == list(range(tokenizer.vocab_size))
-    if make is extended:
-        assert all(found[i] == (i,) for i in range(tokenizer.vocab_size))
+    assert all((found[i] == (old,)) == (old < 512) for i, old in enumerate(order))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_as_the_merges_say(base: str) -> None:
+    """What is cut here from the bytes is what the merges of the extension join, for other families as well."""
+    old = BASES[base]()
+    new = extend_tokenizer(old, EXTENSION, old.vocab_size + 80)
+    assert expansions(old, new) == {i: (i,) for i in range(old.vocab_size)} | old_ids(old, new)
 
 
 def test_control_another_tokenizer_does_not_keep_the_old_cuts(tokenizer: Tokenizer) -> None:
@@ -198,7 +193,7 @@ def test_padding_rows_take_over_padding_rows(tokenizer: Tokenizer) -> None:
     new, order = permuted(tokenizer)
     size = tokenizer.vocab_size
     assert size % 128 == 0 and len(vocabulary_rows(tokenizer, new, size)) == size
-    new = continue_merges(tokenizer, DOMAIN, 50)
+    new = extend_tokenizer(tokenizer, DOMAIN, 562)
     padded = vocabulary_rows(tokenizer, new, size + 3)[new.vocab_size :]
     assert len(padded) == 78 and padded == [(size + i % 3,) for i in range(78)]
     assert set(vocabulary_rows(tokenizer, new, size)[new.vocab_size :]) == {()}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.status import Status
 
-from moai_llm.commands.transfer import INITS, Transfer
+from moai_llm.commands.tokenizer_transfer import INITS, Transfer
 from moai_llm.runtime import MoaiError, keep_freed_memory, make_console, pick_device, seed_everything
 
 UNCHANGED = "unchanged"

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moai_llm.runtime import MoaiError, make_console
+from moai_llm.runtime import MoaiError, logger, make_console
 
 if TYPE_CHECKING:
     from moai_llm.tokenizer import Tokenizer
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
     console = make_console()
     console.print(transfer.summary())
     if arguments.check:
-        from moai_llm.commands.transfer_check import run_check
+        from moai_llm.commands.tokenizer_transfer_check import run_check
 
         run_check(transfer, arguments)
     if arguments.out:
@@ -98,7 +98,9 @@ class Transfer:
         self.rows, self.used = vocabulary_rows(self.old, new, self.old_size), ids_of(self.old)
 
     def summary(self) -> str:
-        named = self.rows[: self.new.vocab_size]
+        from moai_llm.tokenizer.transfer import ids_of
+
+        named = [self.rows[i] for i in ids_of(self.new)]
         carried, made = sum(len(row) == 1 for row in named), sum(len(row) > 1 for row in named)
         unknown = len(named) - carried - made
         rest = f", {unknown:,} that it knows nothing of" if unknown else ""
@@ -121,12 +123,7 @@ class Transfer:
         for config in (model.config, model.config.get_text_config()):
             for name, value in ids.items():
                 setattr(config, name, value)
-        generation = model.generation_config
-        for name in OLD_IDS:
-            setattr(generation, name, None)
-        for name, value in ids.items():
-            setattr(generation, name, value)
-        generation.eos_token_id = new.stop_ids
+        model.generation_config = _renewed(model.generation_config, {**ids, "eos_token_id": new.stop_ids})
 
     def save(self, out: Path, init: str = "mean", seed: int = 0) -> None:
         """Transfer the model and write the whole directory: it appears in one piece, in place of one that is there.
@@ -167,6 +164,22 @@ class Transfer:
         recipe.train.init_from, recipe.train.out = str(out), f"{out}-run"
         recipe.data.train = recipe.data.valid = None
         return recipes.dump(recipe)
+
+
+def _renewed(old: Any, ids: dict[str, Any]) -> Any:
+    """How a model generates by default, with the new tokenizer's ids. transformers refuses to write settings that
+    contradict each other, which published models have, once they are changed: then only the ids are kept.
+    """
+    from transformers import GenerationConfig
+
+    settings = {name: value for name, value in old.to_dict().items() if name not in OLD_IDS}
+    renewed = GenerationConfig(**{**settings, **ids})
+    try:
+        renewed.validate(strict=True)
+    except ValueError:
+        logger.warning("the model's generation settings contradict each other: only the token ids are kept of them")
+        return GenerationConfig(**ids)
+    return renewed
 
 
 def find_source(path: str) -> Path:
