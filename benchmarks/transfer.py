@@ -18,7 +18,7 @@ from typing import Any
 from benchmarks.harness import Table, threads
 from moai_llm import recipe as recipes
 from moai_llm.commands.tokenizer_transfer import INITS, Transfer, find_source
-from moai_llm.commands.tokenizer_transfer_check import UNCHANGED, Trial
+from moai_llm.commands.tokenizer_transfer_check import EVERY, UNCHANGED, Trial
 from moai_llm.data.prepare import prepare_texts
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.extend import extend_tokenizer
@@ -28,30 +28,34 @@ from moai_llm.training.loop import train
 DATA = Path(__file__).parent.parent.parent / "shared" / "data"
 GENERAL = ("en/rust_book.jsonl", "en/hf_course.jsonl", "sft/c4_demo.jsonl", "en/wikitext2_valid.txt")
 FINANCE = "finance/tatqa_dev.json"
-LENGTH, ROWS, LR, SEEDS = 256, 8, 1e-3, (0, 1)
+LENGTH, LR, SEEDS = 256, 1e-3, (0, 1)
+BASE_ROWS, ROWS = 8, 4  # rows of a step of the base's training, and after the transfer
 SIZES: dict[str, Any] = dict(
     hidden_size=128, intermediate_size=336, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     head_dim=32, max_position_embeddings=LENGTH,
 )  # fmt: skip
 VOCABULARY, NEW_TOKENS = 2048, 1024
+CASES = {"tied": ("continued merges", "another tokenizer"), "untied": ("continued merges",)}
 
 
 def run(quick: bool = False) -> list[Table]:
     if not all((DATA / name).exists() for name in (*GENERAL, FINANCE)):
         raise SystemExit(f"this benchmark needs {', '.join((*GENERAL, FINANCE))} in {DATA}")
-    base_steps, steps, seeds = (60, (5,), SEEDS[:1]) if quick else (1500, (25, 100), SEEDS)
+    base_steps, steps, seeds = (60, (5,), SEEDS[:1]) if quick else (1200, (25, 100), SEEDS)
     general, finance = general_texts(), finance_texts()
-    learned = [text for i, text in enumerate(finance) if i % 10]  # what Trial does not hold out
+    learned = [text for i, text in enumerate(finance) if i % EVERY]  # without what is held out
     old = train_tokenizer(general, VOCABULARY)
-    continued = extend_tokenizer(old, learned, VOCABULARY + NEW_TOKENS)
-    other = train_tokenizer([*general[::4], *learned], VOCABULARY + NEW_TOKENS)
+    new = {
+        "continued merges": extend_tokenizer(old, learned, VOCABULARY + NEW_TOKENS),
+        "another tokenizer": train_tokenizer([*general[::4], *learned], VOCABULARY + NEW_TOKENS),
+    }
     tables = []
     with threads(2), tempfile.TemporaryDirectory() as folder:
-        for head, tied in (("tied", True), ("untied", False)):
-            base = train_base(Path(folder) / head, old, general, base_steps, tied)
-            for what, new in (("continued merges", continued), ("another tokenizer", other)):
-                trial_folder = Path(folder) / f"{head} {what}"
-                tables.append(compare(f"{what}, {head} head", base, new, finance, trial_folder, steps, seeds))
+        for head, kinds in CASES.items():
+            base = train_base(Path(folder) / head, old, general, base_steps, tied=head == "tied")
+            for kind in kinds:
+                place = Path(folder) / f"{head} {kind}"
+                tables.append(compare(f"{kind}, {head} head", base, new[kind], finance, place, steps, seeds))
     return tables
 
 
@@ -65,8 +69,8 @@ def train_base(out: Path, tokenizer: Tokenizer, texts: list[str], steps: int, ti
             "optim": {"lr": 2e-3},
             "schedule": {"warmup": 0.05},
             "train": {
-                "out": str(out / "run"), "steps": steps, "precision": "fp32", "batch_tokens": ROWS * LENGTH,
-                "micro_batch_size": ROWS, "device": "cpu",
+                "out": str(out / "run"), "steps": steps, "precision": "fp32", "batch_tokens": BASE_ROWS * LENGTH,
+                "micro_batch_size": BASE_ROWS, "device": "cpu",
             },
             "log": {"every": 100},
         }
@@ -85,7 +89,8 @@ def compare(
     found = {name: [trial.bits_per_byte(name, seed) for seed in seeds] for name in (UNCHANGED, *INITS)}
     mean = {name: [statistics.mean(column) for column in zip(*runs)] for name, runs in found.items()}
     columns = ("start", "at once", *(f"{n} steps" for n in steps), "per seed, at the end", "held-out tokens")
-    table = Table(f"{title}: bits per byte. {transfer.summary()}", columns)
+    made = sum(len(row) > 1 for row in transfer.rows)
+    table = Table(f"{title}: bits per byte of financial reports, {made:,} new tokens", columns)
     print(table.title)
     for name, runs in found.items():
         cells = [f"{value:.4f}" for value in mean[name]]

@@ -7,6 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PhiConfig, PhiForCausalLM
 
 from moai_llm.commands.tokenizer_transfer import INITS as NAMES
@@ -159,3 +161,36 @@ def test_mistakes() -> None:
 
 def test_the_command_names_the_same_inits() -> None:
     assert tuple(INITS) == NAMES
+
+
+class Memory(TorchDispatchMode):
+    """The most bytes that tensors made under it held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                ref = StorageWeakRef(tensor.untyped_storage())
+                self.held[ref.cdata] = ref, tensor.untyped_storage().nbytes()
+        self.held = {cdata: (ref, size) for cdata, (ref, size) in self.held.items() if not ref.expired()}
+        self.most = max(self.most, sum(size for _, size in self.held.values()))
+        return out
+
+
+@matrices
+def test_memory_for_the_new_rows_and_a_chunk(tied: bool) -> None:
+    """Beside what the model has: one matrix at a time, as the old embedding is given back before the head is made."""
+    rows: list[Row] = [(i,) if i % 2 else (i, i + 1, i + 2) for i in range(20_000)]
+    model = tiny_model(vocab_size=20_003, tie_word_embeddings=tied).float()
+    matrix, matrices_of_model = 20_003 * 32 * 4, 1 if tied else 2
+    with Memory() as memory:  # the old matrices count as well, once they are read
+        resize_vocabulary(model, rows)
+    assert memory.most < (matrices_of_model + 1.5) * matrix
+    with Memory() as memory:  # control: a copy in fp64 beside the matrix would be seen
+        model.lm_head.weight.detach().double()
+    assert memory.most > 2.9 * matrix
