@@ -92,7 +92,7 @@ class Transfer:
         _ = new.eos_id  # refused without one
         try:
             self.model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto").eval()
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
             raise MoaiError(f"{source} cannot be loaded: {error}") from None
         self.old_size = int(self.model.get_input_embeddings().weight.shape[0])
         self.rows, self.used = vocabulary_rows(self.old, new, self.old_size), ids_of(self.old)
@@ -135,14 +135,15 @@ class Transfer:
             MoaiError: it cannot be written; what was there is untouched.
         """
         self.apply(self.model, init, seed)
+        recipe, out = self._recipe(out), out.resolve()
         temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
         replaced = temporary.with_name(f"{temporary.name}-old")
         try:
             temporary.mkdir(parents=True)
             self.model.save_pretrained(temporary)
             self.new.save(temporary)
-            if (self.source / "recipe.yaml").is_file():
-                (temporary / "recipe.yaml").write_text(self._recipe(out), encoding="utf-8")
+            if recipe is not None:
+                (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
             if out.exists():
                 os.replace(out, replaced)
             os.replace(temporary, out)
@@ -156,10 +157,13 @@ class Transfer:
             for path in (temporary, replaced):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def _recipe(self, out: Path) -> str:
+    def _recipe(self, out: Path) -> str | None:
         from moai_llm import recipe as recipes
+        from moai_llm.config import MoaiConfig
         from moai_llm.training.start import with_model_of
 
+        if not (self.source / "recipe.yaml").is_file() or not isinstance(self.model.config, MoaiConfig):
+            return None
         recipe = with_model_of(recipes.load(self.source / "recipe.yaml"), self.model.config)
         recipe.train.init_from, recipe.train.out = str(out), f"{out}-run"
         recipe.data.train = recipe.data.valid = None

@@ -73,8 +73,8 @@ def _new_rows(old: Tensor, rows: Sequence[Row], init: str, used: Tensor, generat
     for start in range(0, len(rows), CHUNK):
         part = rows[start : start + CHUNK]
         chunk = center.expand(len(part), -1).clone()
-        for kind, make in ((_single, _mean), (_several, INITS[init])):
-            where = [i for i, row in enumerate(part) if kind(row)]
+        for several, make in ((False, _mean), (True, INITS[init])):
+            where = [i for i, row in enumerate(part) if row and (len(row) > 1) == several]
             if not where:
                 continue
             if make is None:
@@ -95,14 +95,6 @@ def _moments(old: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
     for ids in used.split(CHUNK):
         square += (old[ids].double() - center).square().sum(0)
     return center, (square / len(used)).sqrt()
-
-
-def _single(row: Row) -> bool:
-    return len(row) == 1
-
-
-def _several(row: Row) -> bool:
-    return len(row) > 1
 
 
 def _mean(old: Tensor, rows: Sequence[Row]) -> Tensor:

@@ -91,18 +91,18 @@ def _by_role(old: Tokenizer, new: Tokenizer, taken: set[int], done: set[int]) ->
     """Special tokens that go by another name, matched by what they are for."""
     found: Expansions = {}
     for role in ROLES:
-        ours, theirs = _of_role(new, role), _of_role(old, role)
-        if ours and theirs and ours[0] not in done and ours[0] not in found:
-            free = [i for i in theirs if i not in taken]
-            if free:
-                found[ours[0]] = (free[0],)
-                taken.add(free[0])
+        wanting = [i for i in _of_role(new, role) if i not in done and i not in found]
+        free = [i for i in _of_role(old, role) if i not in taken]
+        for ours, theirs in zip(wanting, free):
+            found[ours] = (theirs,)
+            taken.add(theirs)
     return found
 
 
 def _of_role(tokenizer: Tokenizer, role: str) -> list[int]:
     names = [tokenizer.roles[role]] if role in tokenizer.roles else []
-    return [tokenizer.special_ids[n] for n in (*names, *ROLES[role]) if n in tokenizer.special_ids]
+    known = dict.fromkeys((*names, *ROLES[role]))  # each once
+    return [tokenizer.special_ids[name] for name in known if name in tokenizer.special_ids]
 
 
 class _Cutter:

@@ -169,7 +169,7 @@ def test_settings_that_contradict_each_other(tmp_path: Path, source: Path, new: 
 
 
 def test_where_it_may_be_written(
-    moai: Moai, fails: Moai, tmp_path: Path, source: Path, new: Tokenizer
+    moai: Moai, fails: Moai, tmp_path: Path, source: Path, new: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     tok, out = new.save(tmp_path / "new"), tmp_path / "out"
     transfer = ("tokenizer", "transfer", "--model", source, "--tokenizer", tok)
@@ -183,6 +183,11 @@ def test_where_it_may_be_written(
     (out / "stale.txt").write_text("of the old one")
     moai(*transfer, "--out", out, "--overwrite", "--init", "first")
     assert digests(out) != first and not (out / "stale.txt").exists()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    moai(*transfer, "--out", ".")
+    assert load_model(tmp_path / "here", "cpu").tokenizer.fingerprint == new.fingerprint
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("keep")
     assert "not a model directory, so it is not replaced" in fails(
@@ -190,7 +195,7 @@ def test_where_it_may_be_written(
     )
     assert "give --out to write the model, --check TEXT" in fails(*transfer)
     assert digests(source) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "notes", "out", "source"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "new", "notes", "out", "source"]
 
 
 def test_a_failed_write_leaves_what_was_there(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 from typing import Any
@@ -12,9 +13,12 @@ from tokenizers import AddedToken, models, pre_tokenizers
 
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
+from moai_llm.tokenizer.byte_level import build_bpe, recover_merges, spell
 from moai_llm.tokenizer.extend import extend_tokenizer, old_ids
-from moai_llm.tokenizer.train import train_tokenizer
+from moai_llm.tokenizer.split import O200K_SPLIT
+from moai_llm.tokenizer.train import SPECIAL_TOKENS, train_tokenizer, with_special_tokens
 from moai_llm.tokenizer.transfer import Expansions, expansions, vocabulary_rows
+from tests.conftest import shared_data
 from tests.tokenizer.test_extend import BASES
 from tests.tokenizer.test_extend import DOMAIN as EXTENSION
 
@@ -148,6 +152,19 @@ def test_special_tokens_by_name_then_by_role(tokenizer: Tokenizer) -> None:
     assert expansions(named, tokenizer)[ids["<|pad|>"]] == (ids["<|pad|>"],)
 
 
+def test_two_ends_of_text_find_two(tokenizer: Tokenizer) -> None:
+    """Llama's chat models end a text in two ways, and so do Qwen's: neither takes the other's padding."""
+    llama = {"<|endoftext|>": "<|end_of_text|>", "<|pad|>": "<|finetune_right_pad_id|>", "<|im_start|>": "<|a|>",
+             "<|im_end|>": "<|eot_id|>"}  # fmt: skip
+    ids = tokenizer.special_ids
+    old = with_special(tokenizer, llama, {"eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"})
+    new = with_special(tokenizer, {"<|pad|>": "<|b|>"}, {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"})
+    found = expansions(old, new)
+    for name in ("<|endoftext|>", "<|im_end|>"):
+        assert found[ids[name]] == (ids[name],)
+    assert ids["<|pad|>"] not in found and ids["<|im_start|>"] not in found
+
+
 def test_an_old_special_token_stands_for_one_new_token_only(tokenizer: Tokenizer) -> None:
     """Qwen's chat models: the end of a turn is the end of text, and the end of text pads."""
     ids = tokenizer.special_ids
@@ -213,3 +230,22 @@ def test_mistakes(tokenizer: Tokenizer) -> None:
     gap = remade(tokenizer, lambda spec: spec["model"]["vocab"].update({"ĠzzĠ": 900}))
     with pytest.raises(MoaiError, match="513 tokens but ids up to 900"):
         vocabulary_rows(tokenizer, gap, 512)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("there_and_back", [False, True])
+def test_o200k_and_a_korean_tokenizer(there_and_back: bool) -> None:
+    """200,000 tokens to 8,192 and the other way."""
+    lines = shared_data("tokenizers/o200k_base.tiktoken").read_text().splitlines()
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
+    merges = [(spell(left), spell(right)) for left, right in recover_merges(ranks)]
+    backend = build_bpe({spell(token): rank for token, rank in ranks.items()}, merges, O200K_SPLIT)
+    texts = [json.loads(line)["text"] for line in shared_data("ko/rust_book.jsonl").read_text("utf-8").splitlines()]
+    old, new = with_special_tokens(backend, SPECIAL_TOKENS), train_tokenizer(texts, 8192)
+    if there_and_back:
+        old, new = new, old
+    found = expansions(old, new)
+    assert len(found) == new.vocab_size
+    for i in set(range(new.vocab_size)) - set(new.special_ids.values()):
+        assert b"".join(old.token_bytes(part) for part in found[i]) == new.token_bytes(i)
+    assert 5000 < sum(len(parts) == 1 for parts in found.values()) < 8192
