@@ -1,4 +1,4 @@
-"""Files to a token store: read, tokenise, write, count what was kept and what was not."""
+"""Sources to a token store: read, tokenise, write, count what was kept and what was not."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from moai_llm.data.sft import Messages, read_conversations
 from moai_llm.data.shards import Manifest, StoreWriter
-from moai_llm.data.sources import read_records, read_texts
+from moai_llm.data.sources import Reading, Skipped, Source, expand, read_records, read_texts
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.chat import render
 
-BATCH = 256  # documents tokenised at a time
+BATCH, BATCH_SIZE = 256, 16 << 20  # documents tokenised at a time, or characters: whichever is reached first
 Part = Literal["train", "valid"]
 Document = TypeVar("Document")
 Progress = Callable[[int, int], None]  # documents and tokens so far
@@ -24,28 +24,30 @@ Progress = Callable[[int, int], None]  # documents and tokens so far
 
 @dataclass
 class Report:
-    """What `prepare` did; `dropped` counts records by reason."""
+    """What `prepare` did; `dropped` counts records by reason, `skipped` what could not be read."""
 
     manifest: Manifest
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 def prepare(
-    paths: Iterable[str | Path],
+    sources: Iterable[str | Path | Source],
     tokenizer: Tokenizer,
     out: str | Path,
     *,
     kind: Literal["text", "chat"] = "text",
-    column: str | None = None,
+    reading: Reading | None = None,
     part: Part | None = None,
     valid_share: float = 0.02,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Tokenise files into a store. Text documents end with the end-of-text token; conversations keep their mask.
+    """Tokenise sources into a store. Text documents end with the end-of-text token; conversations keep their mask.
 
     Args:
+        reading: how to read: the columns' names, whether what is broken is skipped, ...
         part: only the documents that are held out (`valid`) or only the others (`train`); all when None.
         valid_share: of the documents, which are held out.
 
@@ -53,20 +55,22 @@ def prepare(
         MoaiError: unreadable sources, no documents, a tokenizer that training cannot use, or conversations in which no
             assistant says anything.
     """
-    if column and kind == "chat":
-        raise MoaiError(
-            "--column names the text of documents; the columns of conversations are known by their names: rename them"
-        )
     if not 0 < valid_share <= 0.5:
         raise MoaiError(f"the share to hold out must lie between 0 and 0.5, got {valid_share}")
-    files, every = [str(path) for path in paths], round(1 / valid_share)
+    reading, every = reading or Reading(), round(1 / valid_share)
+    skipped = Skipped(reading.skip_bad)
+    sources = expand(sources, skipped=skipped)
+    origins = list(dict.fromkeys(source.origin for source in sources))
     if kind == "text":
-        texts: Iterable[tuple[str, str]] = read_texts(files, column)
+        texts: Iterable[tuple[str, str]] = read_texts(sources, reading=reading, skipped=skipped)
         texts = texts if part is None else split_texts(texts, part, every)
-        return prepare_texts(texts, tokenizer, out, files, overwrite=overwrite, progress=progress)
-    conversations: Iterable[tuple[Messages, str]] = read_conversations(read_records(files))
+        return prepare_texts(texts, tokenizer, out, origins, skipped=skipped, overwrite=overwrite, progress=progress)
+    records = read_records(sources, reading, skipped=skipped)
+    conversations: Iterable[tuple[Messages, str]] = read_conversations(records, skipped)
     conversations = conversations if part is None else split(conversations, part, every)
-    return prepare_chats(conversations, tokenizer, out, files, overwrite=overwrite, progress=progress)
+    return prepare_chats(
+        conversations, tokenizer, out, origins, skipped=skipped, overwrite=overwrite, progress=progress
+    )
 
 
 def split(documents: Iterable[Document], part: Part, every: int) -> Iterator[Document]:
@@ -92,10 +96,12 @@ def prepare_texts(
     out: str | Path,
     sources: list[str],
     *,
+    skipped: Skipped | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """A text store from (text, place) pairs."""
+    """A text store from (text, place) pairs; `skipped` is the account of whoever reads them."""
+    skipped = Skipped() if skipped is None else skipped
     read, dropped = 0, Counter[str]()
     with StoreWriter(out, tokenizer, "text", overwrite=overwrite) as writer:
         for batch in _batched(texts):
@@ -106,7 +112,8 @@ def prepare_texts(
                 writer.add([*ids, tokenizer.eos_id], len(text.encode("utf-8", "replace")))
             if progress is not None:
                 progress(read, writer.tokens)
-        return Report(writer.close(sources), read, +dropped)
+        _refuse_nothing(read, skipped)
+        return Report(writer.close(sources), read, +dropped, skipped)
 
 
 def prepare_chats(
@@ -115,10 +122,14 @@ def prepare_chats(
     out: str | Path,
     sources: list[str],
     *,
+    skipped: Skipped | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """A chat store from (messages, place) pairs."""
+    """A chat store from (messages, place) pairs; `skipped` is the account of whoever reads them, and of what cannot be
+    rendered.
+    """
+    skipped = Skipped() if skipped is None else skipped
     read, dropped = 0, Counter[str]()
     with StoreWriter(out, tokenizer, "chat", overwrite=overwrite) as writer:
         for messages, place in conversations:
@@ -129,7 +140,8 @@ def prepare_chats(
             try:
                 rendered = render(tokenizer, messages)
             except MoaiError as error:
-                raise MoaiError(f"{place}: {error}") from None
+                skipped.bad(place.rpartition(":")[0], place, "no conversation", f": {error}")
+                continue
             writer.add(
                 rendered.ids, sum(len(m["content"].encode("utf-8", "replace")) for m in messages), rendered.learn
             )
@@ -137,10 +149,24 @@ def prepare_chats(
                 progress(read, writer.tokens)
         if read and dropped.total() == read:
             raise MoaiError(f"none of the {read} conversations has an assistant turn to learn from")
-        return Report(writer.close(sources), read, dropped)
+        _refuse_nothing(read, skipped)
+        return Report(writer.close(sources), read, dropped, skipped)
 
 
-def _batched(items: Iterable[Any]) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, BATCH)):
+def _refuse_nothing(read: int, skipped: Skipped) -> None:
+    if not read and skipped.bad_count:
+        first = skipped.broken()[0].example
+        raise MoaiError(f"nothing could be read: {skipped.bad_count:,} skipped; the first: {first}")
+
+
+def _batched(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch: list[tuple[str, str]] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text[0])
+        if len(batch) == BATCH or size >= BATCH_SIZE:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch

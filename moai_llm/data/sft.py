@@ -5,27 +5,38 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from moai_llm.data.sources import Record
-from moai_llm.runtime import MoaiError
+from moai_llm.data.sources import Record, Skipped
 
 Messages = list[dict[str, str]]
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
                   "tool": "tool", "function": "tool", "observation": "tool"}  # fmt: skip
 
 
-def read_conversations(records: Iterable[Record]) -> Iterator[tuple[Messages, str]]:
+def read_conversations(records: Iterable[Record], skipped: Skipped | None = None) -> Iterator[tuple[Messages, str]]:
     """(messages, place) of every record.
+
+    Args:
+        skipped: where to count records that are no conversations, if it allows them.
 
     Raises:
         MoaiError: a record of no known shape.
     """
+    skipped = Skipped() if skipped is None else skipped
     for record in records:
         name = detect_schema(record.columns)
         if name is None:
             have = ", ".join(map(str, record.columns))
             shapes = "; ".join("+".join(keys) for keys, _ in SCHEMAS.values())
-            raise MoaiError(f"{record.place}: not a conversation; it has {have}. Known shapes: {shapes}")
-        yield SCHEMAS[name][1](_spelt_as_here(record.columns)), record.place
+            detail = f"; it has {have}. Known shapes: {shapes}"
+            skipped.bad(record.source, record.place, "not a conversation", detail)
+            continue
+        try:
+            messages = SCHEMAS[name][1](_spelt_as_here(record.columns))
+        except (AttributeError, TypeError, KeyError):
+            detail = f": the {SCHEMAS[name][0][0]} are not a list of objects"
+            skipped.bad(record.source, record.place, "not a conversation", detail)
+            continue
+        yield messages, record.place
 
 
 def detect_schema(columns: Mapping[str, Any]) -> str | None:
@@ -85,3 +96,5 @@ SCHEMAS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], Messages
         )
     },
 }  # fmt: skip
+# what --map can name in conversations
+COLUMNS = tuple(dict.fromkeys((*(key for keys, _ in SCHEMAS.values() for key in keys), "input", "system")))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moai_llm.data.sources import list_files, read_records, read_texts
+from moai_llm.data.sources import read_records, read_texts
 from moai_llm.runtime import MoaiError
 from tests.conftest import shared_data
 
