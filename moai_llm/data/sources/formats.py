@@ -139,12 +139,12 @@ class _CsvLines:
     def __init__(self, source: Iterator[tuple[int, bytes]], name: str, reading: Reading):
         self._source, self._name, self._reading = source, name, reading
         self.number = 0  # of the line that was read last
-        self._row = 0  # bytes of the row so far
+        self._begin, self._row = 1, 0  # line where the row begins, its bytes so far
 
     def begin_row(self) -> int:
         """The line on which the next row begins."""
-        self._row = 0
-        return self.number + 1
+        self._begin, self._row = self.number + 1, 0
+        return self._begin
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -154,5 +154,5 @@ class _CsvLines:
         place = f"{self._name}:{self.number}"
         self._row += len(line)
         if self._row > self._reading.max_record:
-            raise Broken(place, *too_long(self._reading.max_record, "a row"))
+            raise Broken(f"{self._name}:{self._begin}", *too_long(self._reading.max_record, "a row"))
         return _decode(line, place, self._reading)
