@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -11,7 +12,7 @@ from moai_llm.data.sources.formats import read_csv, read_jsonl, read_text
 from moai_llm.data.sources.json_values import read_json
 from moai_llm.data.sources.languages import CODE, PROSE
 from moai_llm.data.sources.records import Reading, Record, Skipped, printable
-from moai_llm.data.sources.streams import COMPRESSIONS, counted, seekable
+from moai_llm.data.sources.streams import COMPRESSIONS, counted, on_disk
 from moai_llm.data.sources.tables import read_arrow, read_parquet
 
 Reader = Callable[[BinaryIO, str, Reading, Skipped], Iterator[Record]]
@@ -67,17 +68,18 @@ def read_file(
     stream = file if inside else counted(file, reading)
     if kind.compression:
         stream = COMPRESSIONS[kind.compression](stream)
-    if kind.format in JUMPS and (kind.compression or inside or not file.seekable()):
-        stream = seekable(stream, name, size)
-    if kind.format in ARCHIVES:
-        archive = read_zip if kind.format == ".zip" else read_tar
+    with ExitStack() as stack:
+        if kind.format in JUMPS and (kind.compression or inside or not file.seekable()):
+            stream = stack.enter_context(on_disk(stream, name, size))
+        if kind.format in ARCHIVES:
+            archive = read_zip if kind.format == ".zip" else read_tar
 
-        def member(opened: BinaryIO, place: str, stored: int) -> Iterator[Record]:
-            return read_file(opened, place, stored, reading, skipped, inside=True)
+            def member(opened: BinaryIO, place: str, stored: int) -> Iterator[Record]:
+                return read_file(opened, place, stored, reading, skipped, inside=True)
 
-        yield from archive(stream, name, why_not_inside, member, skipped)
-    else:
-        yield from FORMATS[kind.format](stream, name, reading, skipped)
+            yield from archive(stream, name, why_not_inside, member, skipped)
+        else:
+            yield from FORMATS[kind.format](stream, name, reading, skipped)
 
 
 def why_not_inside(name: str) -> str | None:

@@ -37,7 +37,7 @@ def read_json(file: BinaryIO, name: str, reading: Reading, skipped: Skipped) -> 
     if head.startswith(b"{") and is_json(head):
         yield from read_jsonl(whole, name, reading, skipped, first=number)
     else:
-        yield from _values(_Window(whole, name, reading), name, skipped)
+        yield from _values(Window(whole, name, reading), name, skipped)
 
 
 def _chain(head: bytes, stream: BufferedReader) -> Iterator[bytes]:
@@ -57,7 +57,7 @@ def is_json(line: bytes) -> bool:
     return True
 
 
-def _values(window: _Window, name: str, skipped: Skipped) -> Iterator[Record]:
+def _values(window: Window, name: str, skipped: Skipped) -> Iterator[Record]:
     if window.next_character() != "[":
         number = 0
         while window.next_character():
@@ -89,7 +89,7 @@ def _values(window: _Window, name: str, skipped: Skipped) -> Iterator[Record]:
         raise Broken(name, "not JSON", f": something follows the list of {number} items")
 
 
-class _Window:
+class Window:
     """The part of the file that is in memory, as text."""
 
     def __init__(self, stream: BufferedReader, name: str, reading: Reading):

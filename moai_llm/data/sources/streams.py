@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO, cast
 
 import zstandard
@@ -140,23 +141,23 @@ def unpacked(file: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, stream)
 
 
-def seekable(file: BinaryIO, name: str, stored: int | None) -> BinaryIO:
-    """The whole file where a reader can jump around in it: on disk, in a file without a name.
+@contextmanager
+def on_disk(file: BinaryIO, name: str, stored: int | None) -> Iterator[BinaryIO]:
+    """The whole of a stream where a reader can jump around in it: in a file without a name, gone when it is closed.
 
     Raises:
         Broken: it is `GROWTH` times as large as what is stored.
     """
     limit = max(1 << 26, GROWTH * stored) if stored is not None else None
-    spool = tempfile.TemporaryFile()  # noqa: SIM115
     size = 0
-    while block := file.read(BLOCK):
-        size += len(block)
-        if limit is not None and size > limit:
-            spool.close()
-            raise Broken(name, f"grows more than {GROWTH} times when unpacked", ": unpack it yourself to read it")
-        spool.write(block)
-    spool.seek(0)
-    return cast(BinaryIO, spool)
+    with tempfile.TemporaryFile(buffering=0) as spool, io.BufferedReader(cast(io.RawIOBase, spool), BLOCK) as whole:
+        while block := file.read(BLOCK):
+            size += len(block)
+            if limit is not None and size > limit:
+                raise Broken(name, f"grows more than {GROWTH} times when unpacked", ": unpack it yourself to read it")
+            spool.write(block)
+        spool.seek(0)
+        yield cast(BinaryIO, whole)
 
 
 # ---------------------------------------------------------------- text
