@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from moai_llm.data.sources.files import kind_of, read_file, suffix_of
 from moai_llm.data.sources.records import Reading, Record, Skipped, Source
@@ -17,9 +17,12 @@ EXTRA = ("http", "https", "s3", "s3a", "gs", "gcs")  # protocols whose packages 
 
 
 def public(url: str) -> str:
-    """A URL without what may be secret: the user, the password, the query."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    """A URL without what may be secret: the user and the password, and the query of a web address."""
+    scheme, sign, rest = url.partition("://")
+    if scheme in ("http", "https"):
+        rest = re.split("[?#]", rest)[0]
+    host, slash, path = rest.partition("/")
+    return scheme + sign + host.rpartition("@")[2] + slash + path
 
 
 def remote_sources(url: str, skipped: Skipped) -> list[Source]:

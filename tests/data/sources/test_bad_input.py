@@ -1,4 +1,4 @@
-"""Broken, hostile and mistaken input: each gets one clear sentence that names the place, or is counted and passed over."""
+"""Broken, hostile and mistaken input: each gets one clear sentence that names the place, or is counted."""
 
 from __future__ import annotations
 
@@ -99,15 +99,30 @@ BROKEN = [
     Case("list.jsonl", b"[1, 2]\n" + GOOD, ":1: a list instead of an object", 1),
     Case("string.jsonl", b'"only text"\n' + GOOD, ":1: a string instead of an object", 1),
     Case("pretty.jsonl", b'{\n "text": "a"\n}\n', ":1: not JSON: .* should be named .json"),
-    Case("huge.jsonl", GOOD + b'{"text": "' + b"a" * 3 * LIMIT + b'"}\n' + GOOD, ":2: a line of more than 1.95 KB; --max-record", 2),
+    Case(
+        "huge.jsonl",
+        GOOD + b'{"text": "' + b"a" * 3 * LIMIT + b'"}\n' + GOOD,
+        ":2: a line of more than 1.95 KB; --max-record",
+        2,
+    ),
     Case("endless.jsonl", b"a" * 5 * LIMIT, ":1: a line of more than 1.95 KB"),
     Case("nul.jsonl", GOOD + b"\0\0\0\n" + GOOD, ":2: not JSON", 2),
     Case("deep.jsonl", GOOD + b"[" * 1900 + b"\n", ":2: (not JSON|JSON nested too deeply)", 1),
     Case("deep.json", b'[{"a": ' * 100_000, ": .*JSON nested too deeply"),
     Case("digits.jsonl", b'{"n": ' + b"1" * 1900 + b', "text": 3}\n', ":1: the text is int, not text"),
     Case("bytes.jsonl", GOOD + b'{"text": "\xff"}\n' + GOOD, r":2: not UTF-8 \(byte 10: 0xff\)", 2),
-    Case("korean.jsonl", GOOD + '{"text": "안녕하세요 여러분"}\n'.encode("cp949"), ":2: not UTF-8.*pass --encoding cp949", 1),
-    Case("missing.jsonl", b'{"title": "t"}\n' + GOOD, r":1: no text column \(text, content, document, ...\); it has title. --map", 1),
+    Case(
+        "korean.jsonl",
+        GOOD + '{"text": "안녕하세요 여러분"}\n'.encode("cp949"),
+        ":2: not UTF-8.*pass --encoding cp949",
+        1,
+    ),
+    Case(
+        "missing.jsonl",
+        b'{"title": "t"}\n' + GOOD,
+        r":1: no text column \(text, content, document, ...\); it has title. --map",
+        1,
+    ),
     Case("mixed.jsonl", GOOD + b'{"content": "other"}\n{"a": 1}\n', ":3: no text column .*; it has a", 2),
     Case("null.jsonl", b'{"text": null}\n' + GOOD, ":1: the text is null", 1),
     Case("number.jsonl", b'{"text": 3}\n' + GOOD, ":1: the text is int, not text", 1),
@@ -116,17 +131,32 @@ BROKEN = [
     # JSON
     Case("cut.json", b'[{"text": "good"}, {"text"', ": item 2: not JSON", 1),
     Case("comma.json", b'[{"text": "good"},]', ": item 2: not JSON", 1),
-    Case("no_comma.json", b'[{"text": "good"} {"text": "b"}]', ": not JSON: '{' after item 1, where a comma or ] belongs", 1),
+    Case(
+        "no_comma.json",
+        b'[{"text": "good"} {"text": "b"}]',
+        ": not JSON: '{' after item 1, where a comma or ] belongs",
+        1,
+    ),
     Case("more.json", b'[{"text": "good"}] []', ": not JSON: something follows the list of 1 items", 1),
     Case("scalars.json", b'[1, {"text": "good"}]', ": item 1: a number instead of an object", 1),
     Case("string.json", b'"only text"', ": a string instead of a list of objects"),
     Case("null.json", b"null", ": null instead of a list of objects"),
     Case("white.json", b" \n\n ", ": not JSON: the file has nothing but white space"),
-    Case("huge.json", b'[{"text": "' + b"a" * (1 << 22) + b'"}]', ": item 1: an object of more than 1.95 KB.*only a list"),
+    Case(
+        "huge.json", b'[{"text": "' + b"a" * (1 << 22) + b'"}]', ": item 1: an object of more than 1.95 KB.*only a list"
+    ),
     Case("squad.json", b'{"version": 1, "data": [{"paragraphs": []}]}', ":1: no text column .* lie within 'data'"),
-    Case("sjis.json", '[{"text": "これは日本語のテキストです"}]'.encode("shift_jis"), ": not UTF-8 .*--encoding shift_jis"),
+    Case(
+        "sjis.json",
+        '[{"text": "これは日本語のテキストです"}]'.encode("shift_jis"),
+        ": not UTF-8 .*--encoding shift_jis",
+    ),
     # text
-    Case("sjis.txt", "これは日本語のテキストです。".encode("shift_jis"), r": not UTF-8 \(byte 0: 0x82\); .*--encoding shift_jis"),
+    Case(
+        "sjis.txt",
+        "これは日本語のテキストです。".encode("shift_jis"),
+        r": not UTF-8 \(byte 0: 0x82\); .*--encoding shift_jis",
+    ),
     Case("latin.txt", "café au lait".encode("latin-1"), r": not UTF-8 \(byte 3: 0xe9\)$"),
     Case("nul.txt", b"a\0b", ": NUL bytes: not text, or UTF-16 without"),
     Case("utf16.txt", "no mark".encode("utf-16-le"), ": NUL bytes.*--encoding utf-16-le"),
@@ -135,9 +165,16 @@ BROKEN = [
     Case("parquet.jsonl", b"PAR1\x15\x00", ": holds Parquet data, not text: rename"),
     Case("pdf.txt", b"%PDF-1.7 ...", ": holds PDF data, not text: extract its text first"),
     # CSV
-    Case("ragged.csv", CSV + b"1,2,3\n2,good\n", ":3: another number of columns than the header: 3, the header has 2", 2),
+    Case(
+        "ragged.csv", CSV + b"1,2,3\n2,good\n", ":3: another number of columns than the header: 3, the header has 2", 2
+    ),
     Case("short.csv", CSV + b"1\n2,good\n", ":3: another number of columns.*: 1, the header has 2", 2),
-    Case("open.csv", CSV + b'2,"never closed\n3,lost\n', ":3: a quote that is never closed: it swallows the lines up to 4", 1),
+    Case(
+        "open.csv",
+        CSV + b'2,"never closed\n3,lost\n',
+        ":3: a quote that is never closed: it swallows the lines up to 4",
+        1,
+    ),
     Case("open_long.csv", CSV + b'2,"' + b"never closed\n" * LIMIT, ":3: a row of more than 1.95 KB", 1),
     Case("quotes.csv", CSV + b'2,"a"b\n3,good\n', ":3: not CSV: ", 2),
     Case("twice.csv", b"text,text\n1,2\n", ":1: a column twice: the header has 'text' more than once"),
@@ -146,7 +183,11 @@ BROKEN = [
     Case("latin.csv", CSV + "2,café\n3,good\n".encode("latin-1"), r":3: not UTF-8 \(byte 5: 0xe9\)", 2),
     # compressed
     Case("cut.jsonl.gz", gzip.compress(os.urandom(9).hex().encode().join([GOOD] * 900))[:-40], ": "),
-    Case("cut.txt.zst", zstandard.compress(os.urandom(9000).hex().encode())[:-40], ": cannot be read: the compressed data is cut off"),
+    Case(
+        "cut.txt.zst",
+        zstandard.compress(os.urandom(9000).hex().encode())[:-40],
+        ": cannot be read: the compressed data is cut off",
+    ),
     Case("cut.txt.xz", lzma.compress(b"hello" * 99)[:-9], ": cannot be read: Compressed file ended"),
     Case("cut.txt.bz2", bz2.compress(b"hello" * 99)[:-9], ": cannot be read: Compressed file ended"),
     Case("not.jsonl.gz", GOOD, r": cannot be read: Not a gzipped file"),
@@ -155,13 +196,32 @@ BROKEN = [
     Case("bomb.jsonl.gz", gzip.compress(b"0" * (1 << 24)), ":1: a line of more than 1.95 KB"),
     Case("bomb.txt.zst", zstandard.compress(b"0" * (1 << 25)), ":1: a line of more than 1.95 KB"),
     # archives
-    Case("bomb.zip", lambda p: a_zip(p, ("b.jsonl", b"0" * (1 << 24)), ("g.jsonl", GOOD)), "/b.jsonl:1: a line of more than", 1),
-    Case("up.zip", lambda p: a_zip(p, ("../../up.jsonl", GOOD), ("g.jsonl", GOOD)), "/../../up.jsonl: a name that points out of", 1),
-    Case("root.tar.gz", lambda p: a_tar(p, ("/etc/a.txt", b"x"), ("g.jsonl", GOOD)), "//etc/a.txt: a name that points out of", 1),
+    Case(
+        "bomb.zip",
+        lambda p: a_zip(p, ("b.jsonl", b"0" * (1 << 24)), ("g.jsonl", GOOD)),
+        "/b.jsonl:1: a line of more than",
+        1,
+    ),
+    Case(
+        "up.zip",
+        lambda p: a_zip(p, ("../../up.jsonl", GOOD), ("g.jsonl", GOOD)),
+        "/../../up.jsonl: a name that points out of",
+        1,
+    ),
+    Case(
+        "root.tar.gz",
+        lambda p: a_tar(p, ("/etc/a.txt", b"x"), ("g.jsonl", GOOD)),
+        "//etc/a.txt: a name that points out of",
+        1,
+    ),
     Case("secret.zip", lambda p: a_zip(p, ("a.jsonl", GOOD), encrypted=True), "/a.jsonl: encrypted: unpack it"),
     Case("damaged.zip", lambda p: a_zip(p, ("a.jsonl", GOOD * 99), damage=b"\xff" * 4), "/a.jsonl: damaged: "),
     Case("not.zip", b"no archive", ": cannot be read: File is not a zip file"),
-    Case("cut.tar.gz", lambda p: (a_tar(p, ("g.jsonl", os.urandom(5000).hex().encode())), p.write_bytes(p.read_bytes()[:900])), ": "),
+    Case(
+        "cut.tar.gz",
+        lambda p: (a_tar(p, ("g.jsonl", os.urandom(5000).hex().encode())), p.write_bytes(p.read_bytes()[:900])),
+        ": ",
+    ),
     Case("not.tar.gz", gzip.compress(b"no archive"), ": cannot be read: "),
     Case("inner.tar.gz", lambda p: a_tar(p, ("g.jsonl", GOOD + b"{\n")), "/g.jsonl:2: not JSON", 1),
     # tables
@@ -172,38 +232,80 @@ BROKEN = [
     Case("cut_file.arrow", lambda p: arrow(p, False, 0.9), ": not readable Arrow: "),
     Case("cut_stream.arrow", lambda p: arrow(p, True, 0.5), ": row 1: damaged: "),
     Case("text.arrow", b"no table", ": not readable Arrow: "),
-    Case("saved", lambda p: saved(p, {"_data_files": [{"filename": "../x.arrow"}]}), "/state.json: names a file outside its folder", None),
-    Case("saved_lost", lambda p: saved(p, {"_data_files": [{"filename": "x.arrow"}]}), "/x.arrow: missing, though .* names it", None),
+    Case(
+        "saved",
+        lambda p: saved(p, {"_data_files": [{"filename": "../x.arrow"}]}),
+        "/state.json: names a file outside its folder",
+        None,
+    ),
+    Case(
+        "saved_lost",
+        lambda p: saved(p, {"_data_files": [{"filename": "x.arrow"}]}),
+        "/x.arrow: missing, though .* names it",
+        None,
+    ),
     Case("saved_broken", lambda p: saved(p, "{"), "/state.json: not the state of a saved data set", None),
     # the file system
-    Case("gone.jsonl", lambda p: p.symlink_to(p.parent / "nowhere"), r": cannot be read: No such file or directory \(a link to"),
+    Case(
+        "gone.jsonl",
+        lambda p: p.symlink_to(p.parent / "nowhere"),
+        r": cannot be read: No such file or directory \(a link to",
+    ),
     Case("loop.jsonl", lambda p: p.symlink_to(p), ": cannot be read: Too many levels of symbolic links"),
     Case("picture.png", b"x", ": cannot read .png; known are .txt, ", None),
     Case("notes", b"x", ": cannot read files without a suffix; known are .txt, .* moai ... - < notes", None),
     Case("picture.png.gz", b"x", ": cannot read .png.gz; known are", None),
     Case("folder.jsonl", lambda p: p.mkdir(), ": no file there ends in", None),
-    Case("articles.jsonl", GOOD, r"/artcles.jsonl: no such file or folder \(did you mean 'articles.jsonl'\?\)", None, "{}/artcles.jsonl"),
+    Case(
+        "articles.jsonl",
+        GOOD,
+        r"/artcles.jsonl: no such file or folder \(did you mean 'articles.jsonl'\?\)",
+        None,
+        "{}/artcles.jsonl",
+    ),
     Case("x.jsonl", GOOD, r"/\*.csv: no file matches", None, "{}/*.csv"),
     Case("x.png", GOOD, r"/\*.png: none of the 1 files it matches can be read", None, "{}/*.png"),
     Case("x", b"", "a source is empty", None, " "),
     # elsewhere
     Case("x", b"", "nope://x/a.jsonl: no protocol nope://", None, "nope://x/a.jsonl"),
     Case("x", b"", r"htps://x/a.jsonl: no protocol htps:// \(did you mean 'https'\?\)", None, "htps://x/a.jsonl"),
-    Case("x", b"", "s3://b/a.jsonl: reading s3:// needs another package: pip install 'moai-llm.cloud.'", None, "s3://b/a.jsonl"),
+    Case(
+        "x",
+        b"",
+        "s3://b/a.jsonl: reading s3:// needs another package: pip install 'moai-llm.cloud.'",
+        None,
+        "s3://b/a.jsonl",
+    ),
     Case("x", b"", "memory://none/a.jsonl: nothing there", None, "memory://none/a.jsonl"),
-    Case("x", b"", "https://h.invalid/page: cannot read files without a suffix", None, "https://u:p@h.invalid/page?key=1"),
+    Case(
+        "x", b"", "https://h.invalid/page: cannot read files without a suffix", None, "https://u:p@h.invalid/page?key=1"
+    ),
     # git
-    Case("plain", lambda p: p.mkdir(), " cannot be read as a git repository: not a git repository", None, "git:{}/plain"),
+    Case(
+        "plain", lambda p: p.mkdir(), " cannot be read as a git repository: not a git repository", None, "git:{}/plain"
+    ),
     Case("r", lambda p: hold(p, COMMIT), ": there is no commit 'nope' in ", None, "git:{}/r@nope"),
     Case("r", lambda p: hold(p, COMMIT), ": there is no commit 'x' in .*shallow", None, "git:{}/r?since=x"),
     Case("r", lambda p: hold(p), ": there is no commit 'HEAD' in .*: it has no commit yet", None, "git:{}/r"),
-    Case("r", lambda p: hold(p, COMMIT), ": no tracked file ends in .go; there are 1 .py. .ext= names others", None, "git:{}/r?ext=go"),
+    Case(
+        "r",
+        lambda p: hold(p, COMMIT),
+        ": no tracked file ends in .go; there are 1 .py. .ext= names others",
+        None,
+        "git:{}/r?ext=go",
+    ),
     Case("r", lambda p: hold(p, COMMIT), r": no option 'exts' \(did you mean 'ext'\?\)", None, "git:{}/r?exts=go"),
-    Case("r", lambda p: hold(p, COMMIT), r": no licence 'mti' \(did you mean 'mit'\?\); known are", None, "git:{}/r?license=mti"),
+    Case(
+        "r",
+        lambda p: hold(p, COMMIT),
+        r": no licence 'mti' \(did you mean 'mit'\?\); known are",
+        None,
+        "git:{}/r?license=mti",
+    ),
     Case("r", lambda p: hold(p, COMMIT), "'big' is not a size", None, "git:{}/r?max=big"),
     Case("x", b"", ": there is no folder /nowhere", None, "git:/nowhere"),
     Case("x", b"", r": clone it first \(git clone https://x/y FOLDER\)", None, "git+https://x/y"),
-]  # fmt: skip
+]
 NAMES = [f"{case.file}{'' if not case.source else ' ' + case.source}" for case in BROKEN]
 
 

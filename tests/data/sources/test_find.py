@@ -1,4 +1,4 @@
-"""From what the user writes to single sources: folders, patterns, names, standard input; and what columns are called."""
+"""From what the user writes to single sources: folders, patterns, standard input; and columns."""
 
 from __future__ import annotations
 
@@ -119,7 +119,9 @@ def test_what_gives_nothing_is_counted(tmp_path: Path) -> None:
     assert [reason for _, reason, _ in skipped.left_out()] == ["nothing in it"] * 2
 
 
-@pytest.mark.parametrize("name", ["empty.jsonl", "empty.txt", "empty.json", "empty.csv", "empty.parquet", "empty.txt.gz"])
+@pytest.mark.parametrize(
+    "name", ["empty.jsonl", "empty.txt", "empty.json", "empty.csv", "empty.parquet", "empty.txt.gz"]
+)
 def test_an_empty_file_is_counted(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     skipped = Skipped()
@@ -187,7 +189,9 @@ def test_the_text_column(tmp_path: Path, columns: dict[str, object], mapping: di
 def test_a_column_that_is_not_there(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "a", "bodies": "b"}\n')
-    with pytest.raises(MoaiError, match=r"a.jsonl:1: no column 'body' \(did you mean 'bodies'\?\); it has text, bodies"):
+    with pytest.raises(
+        MoaiError, match=r"a.jsonl:1: no column 'body' \(did you mean 'bodies'\?\); it has text, bodies"
+    ):
         list(read_texts([file], "body"))
 
 

@@ -103,7 +103,9 @@ def test_places(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tgz", "tar.zst", "tar.xz"])
 def test_archives(tmp_path: Path, kind: str) -> None:
     """Members of any kind, those that are read from their end among them."""
-    members = {f"in/{name}{c}": (name, c) for name in ("a.jsonl", "a.parquet", "file.arrow") for c in ("", ".gz", ".zst")}
+    members = {
+        f"in/{name}{c}": (name, c) for name in ("a.jsonl", "a.parquet", "file.arrow") for c in ("", ".gz", ".zst")
+    }
     members |= {"./list.json": ("list.json", "")}
     path, out = tmp_path / f"all.{kind}", io.BytesIO()
     contents = {member: COMPRESS[c](FILES[name]()) for member, (name, c) in members.items()}
@@ -134,7 +136,12 @@ def test_byte_order_marks(tmp_path: Path) -> None:
 
 
 def test_other_encodings(tmp_path: Path) -> None:
-    for suffix, text in ((".txt", "안녕"), (".csv", "text\n안녕\n"), (".jsonl", '{"text": "안녕"}\n'), (".json", '[{"text": "안녕"}]')):
+    for suffix, text in (
+        (".txt", "안녕"),
+        (".csv", "text\n안녕\n"),
+        (".jsonl", '{"text": "안녕"}\n'),
+        (".json", '[{"text": "안녕"}]'),
+    ):
         (tmp_path / f"a{suffix}").write_text(text, encoding="cp949")
     assert [text for text, _ in read_texts([tmp_path], reading=Reading(encoding="cp949"))] == ["안녕"] * 4
     (tmp_path / "b.txt").write_text("안녕", encoding="utf-16-le")
@@ -251,14 +258,16 @@ COUNT: dict[str, Callable[[Path], int]] = {
     ".jsonl": lambda path: sum(1 for line in path.read_bytes().split(b"\n") if line.strip()),
     ".json": count_json, ".csv": count_csv, ".txt": lambda _: 1,
 }  # fmt: skip
-REAL = """
-    en/alpaca_seed_tasks.jsonl en/hf_course.jsonl en/rust_book.jsonl en/tinyshakespeare.txt en/wikitext2_test.txt
-    en/wikitext2_valid.txt eval/HumanEval.jsonl eval/TruthfulQA.csv eval/arc_challenge.jsonl eval/gsm8k_test.jsonl
-    eval/hellaswag_val_2000.txt eval/lambada_openai.jsonl eval/mmlu.jsonl finance/tatqa_dev.json ja/hf_course.jsonl
-    ja/jsquad_valid.json ja/rust_book.jsonl ko/ChatbotData.csv ko/hf_course.jsonl ko/react_docs.jsonl
-    ko/rust_book.jsonl sft/alpaca_en_demo.json sft/alpaca_zh_demo.json sft/c4_demo.jsonl sft/dpo_en_demo.json
-    sft/glaive_toolcall_en_demo.json sft/identity.json zh/cmrc2018_trial.json zh/hf_course.jsonl zh/rust_book.jsonl
-""".split()
+REAL = [
+    "en/alpaca_seed_tasks.jsonl", "en/hf_course.jsonl", "en/rust_book.jsonl", "en/tinyshakespeare.txt",
+    "en/wikitext2_test.txt", "en/wikitext2_valid.txt", "eval/HumanEval.jsonl", "eval/TruthfulQA.csv",
+    "eval/arc_challenge.jsonl", "eval/gsm8k_test.jsonl", "eval/hellaswag_val_2000.txt", "eval/lambada_openai.jsonl",
+    "eval/mmlu.jsonl", "finance/tatqa_dev.json", "ja/hf_course.jsonl", "ja/jsquad_valid.json", "ja/rust_book.jsonl",
+    "ko/ChatbotData.csv", "ko/hf_course.jsonl", "ko/react_docs.jsonl", "ko/rust_book.jsonl",
+    "sft/alpaca_en_demo.json", "sft/alpaca_zh_demo.json", "sft/c4_demo.jsonl", "sft/dpo_en_demo.json",
+    "sft/glaive_toolcall_en_demo.json", "sft/identity.json", "zh/cmrc2018_trial.json", "zh/hf_course.jsonl",
+    "zh/rust_book.jsonl",
+]  # fmt: skip
 NO_TEXT = {  # what is no text of one column says so, with what to do
     "ja/jsquad_valid.json": "If the documents lie within 'data', write them as JSON lines first",
     "zh/cmrc2018_trial.json": "no text column .*; it has version, data. .* lie within 'data'",

@@ -85,7 +85,8 @@ def test_what_is_read_and_what_is_left_out(repository: tuple[Path, str]) -> None
     records = {r.columns["path"]: r for r in read_records([f"git:{root}"], skipped=skipped)}
     assert list(records) == ["a.py", "docs/한글 이름.md", "not_made.py", "src/b.rs", "src/spdx.py"]
     assert records["a.py"].columns == {
-        "text": "x = 1\n", "path": "a.py", "language": "python", "license": "mit", "repository": str(root), "commit": head,
+        "text": "x = 1\n", "path": "a.py", "language": "python", "license": "mit",
+        "repository": str(root), "commit": head,
     }  # fmt: skip
     assert records["a.py"].place == f"git:{root}@{head[:12]}:a.py"
     assert records["docs/한글 이름.md"].columns["text"] == "# 제목\n"
@@ -145,7 +146,9 @@ def test_what_changed_since(repository: tuple[Path, str], git: Git) -> None:
     assert changed(f"git:{root}?since={second}") == ["a.py"]
 
 
-def test_revisions_bare_repositories_and_paths_with_signs(repository: tuple[Path, str], git: Git, tmp_path: Path) -> None:
+def test_revisions_bare_repositories_and_paths_with_signs(
+    repository: tuple[Path, str], git: Git, tmp_path: Path
+) -> None:
     root, first = repository
     git("tag", "v1")
     write(root, {"a.py": "x = 2\n"})
