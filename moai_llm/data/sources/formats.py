@@ -114,6 +114,8 @@ def read_csv(file: BinaryIO, name: str, reading: Reading, skipped: Skipped) -> I
             skipped.bad(name, f"{name}:{begin}", *_csv_reason(error, begin, source.number))
             continue
         except Broken as error:
+            if source.too_long:  # where the row should have ended is not known: what follows may lie within a quote
+                raise
             skipped.add(name, error)
             continue
         if row is None:
@@ -139,6 +141,7 @@ class _CsvLines:
     def __init__(self, source: Iterator[tuple[int, bytes]], name: str, reading: Reading):
         self._source, self._name, self._reading = source, name, reading
         self.number = 0  # of the line that was read last
+        self.too_long = False
         self._begin, self._row = 1, 0  # line where the row begins, its bytes so far
 
     def begin_row(self) -> int:
@@ -154,5 +157,7 @@ class _CsvLines:
         place = f"{self._name}:{self.number}"
         self._row += len(line)
         if self._row > self._reading.max_record:
-            raise Broken(f"{self._name}:{self._begin}", *too_long(self._reading.max_record, "a row"))
+            self.too_long = True
+            reason, detail = too_long(self._reading.max_record, "a row")
+            raise Broken(f"{self._name}:{self._begin}", reason, f"{detail}, if no quote is left open there")
         return _decode(line, place, self._reading)

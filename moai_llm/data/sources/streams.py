@@ -109,7 +109,7 @@ def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
     unpack = zstandard.ZstdDecompressor().decompressobj()
     begun = False
     try:
-        while block := file.read(1024):
+        while block := file.read(512):
             while block:
                 begun = True
                 if chunk := unpack.decompress(block):
