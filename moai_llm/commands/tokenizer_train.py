@@ -40,6 +40,9 @@ def configure_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--algorithm", choices=("bpe", "unigram"), default="bpe", help="default bpe")
     parser.add_argument("--special-tokens", nargs="+", default=[], metavar="TOKEN", help="more control tokens")
     parser.add_argument(
+        "--chat-template", default="chatml", metavar="TEMPLATE", help="chatml (default), llama3, gemma or a Jinja file"
+    )
+    parser.add_argument(
         "--counts", metavar="FILE", help=f"learn from the {COUNTS} of an earlier training, not from sources"
     )
     parser.add_argument("--code", action="store_true", help="also measure on source code found on this machine")
@@ -73,16 +76,19 @@ def _add_common(parser: argparse.ArgumentParser) -> Any:
 
 
 def train(arguments: argparse.Namespace) -> None:
+    from moai_llm.tokenizer.chat import set_template, template_tokens
+    from moai_llm.tokenizer.load import END_OF_TEXT, PAD
     from moai_llm.tokenizer.sample import BYTES_PER_TOKEN, sample_texts
     from moai_llm.tokenizer.stages import Stage, save_stages
-    from moai_llm.tokenizer.train import SPECIAL_TOKENS, check_vocab_size, train_tokenizer
+    from moai_llm.tokenizer.train import check_vocab_size, train_tokenizer
     from moai_llm.tokenizer.unigram import train_unigram
     from moai_llm.tokenizer.words import count_words, load_word_counts
 
     console = make_console()
     mode = _mode(arguments)
     engine, share = MODES[mode]
-    special = (*SPECIAL_TOKENS, *(token for token in arguments.special_tokens if token not in SPECIAL_TOKENS))
+    template, more = arguments.chat_template, arguments.special_tokens
+    special = tuple(dict.fromkeys((END_OF_TEXT, PAD, *more, *template_tokens(template))))
     check_vocab_size(arguments.vocab_size, special)
     _check(arguments)
     sample: Sample | None = None
@@ -115,6 +121,7 @@ def train(arguments: argparse.Namespace) -> None:
             tokenizer = train_tokenizer(sample, arguments.vocab_size, special_tokens=special, engine="tokenizers")
         else:
             tokenizer = train_tokenizer(words, arguments.vocab_size, special_tokens=special, progress=learned)
+    set_template(tokenizer, template)
     tokenizer.save(arguments.out)
     words.save(Path(arguments.out) / COUNTS)
     settings = {"algorithm": arguments.algorithm, "mode": mode, "seed": arguments.seed, "counts": arguments.counts}
