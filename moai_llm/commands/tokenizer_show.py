@@ -57,7 +57,8 @@ def run(arguments: argparse.Namespace) -> None:
             width = console.width // len(tokenizers) - 2
             width = width if width >= NARROWEST else console.width
             body = _with_ids(pieces, width) if arguments.ids else _colored(pieces)
-            shown.append(Group(body, Text(header + counted, style="dim"), ""))
+            summary = Text(header + counted, style="dim")
+            shown.append(Group(summary, body, "") if header else Group(body, summary))
         else:
             lines = ["|".join(piece.text for piece in pieces)]
             lines += [" ".join(str(piece.id) for piece in pieces)] * arguments.ids
