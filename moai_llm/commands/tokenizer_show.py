@@ -84,7 +84,7 @@ def _sources_and_text(words: Sequence[str], text: str | None) -> tuple[list[str]
     if text is None:
         *sources, text = words
         if not sources:
-            raise MoaiError(f"the {'text' if _is_tokenizer(text) else 'tokenizer'} is missing: {USAGE}")
+            raise MoaiError(f"{'the text' if _is_tokenizer(text) else 'the tokenizer or the text'} is missing: {USAGE}")
         if _is_tokenizer(text):
             raise MoaiError(f"{text} is a tokenizer, and the text is missing: {USAGE}")
     else:
