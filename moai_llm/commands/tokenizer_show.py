@@ -27,6 +27,7 @@ USAGE = "moai tokenizer show TOKENIZER TEXT, or --text TEXT behind several token
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} [-h] TOKENIZER [TOKENIZER ...] {{TEXT | --text TEXT}} [--ids] [--special]"
     parser.add_argument(
         "words", nargs="+", metavar="TOKENIZER TEXT",
         help="a tokenizer or model directory, or several, and what to cut into tokens (- reads standard input)",

@@ -132,8 +132,10 @@ def compare(
         details: false leaves out what costs a look at the whole vocabulary (unreachable ids, fingerprint).
 
     Raises:
-        MoaiError: a label has no text, or a tokenizer cannot encode it.
+        MoaiError: a label has no text or is the name of the sum, or a tokenizer cannot encode.
     """
+    if ALL in texts:
+        raise MoaiError(f"{ALL!r} is the name of the sum of all texts: give another label")
     vocabularies = {name: Vocabulary(tokenizer) for name, tokenizer in tokenizers.items()}
     check(tokenizers)
     stats: list[Text] = []

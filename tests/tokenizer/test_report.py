@@ -171,6 +171,11 @@ def test_no_text(small: Tokenizer, texts: dict[str, list[str]]) -> None:
         measure(small, texts)
 
 
+def test_the_sum_keeps_its_name(small: Tokenizer) -> None:
+    with pytest.raises(MoaiError, match="'all' is the name of the sum"):
+        measure(small, {"all": ["x"]})
+
+
 def test_a_tokenizer_that_cannot_encode_is_named(small: Tokenizer) -> None:
     broken = Tokenizer(foreign.speechless(), {})
     with pytest.raises(MoaiError, match="tokenizer mute cannot encode text: .*UNK"):
