@@ -27,9 +27,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--column", help="column that holds the text; found by itself when it has a usual name")
     parser.add_argument(
-        "--parallel", metavar="LABEL,LABEL", help="labels whose texts are translations of each other: compare the first"
-    )
-    parser.add_argument("--limit-mb", type=float, help="read this many megabytes of each label and no more")
+        "--parallel", metavar="LABEL,LABEL",
+        help="texts that are translations of each other: compare the tokens of all with those of the first",
+    )  # fmt: skip
+    parser.add_argument("--limit-mb", metavar="N", type=float, help="read N megabytes of each label and no more")
     parser.add_argument("--no-speed", action="store_true", help="leave the speeds out: the same report each time")
     parser.add_argument("--json", metavar="FILE", help="write every number there")
     parser.add_argument("--html", metavar="FILE", help="write a page with plots there, one file that needs no other")
