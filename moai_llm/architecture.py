@@ -1,5 +1,5 @@
-"""Architecture: the choice of bricks, as plain data. Standard library only, so that listing and counting models needs
-no torch.
+"""Architecture: the choice of bricks, as plain data. It imports no torch, so that listing and counting models needs
+none.
 
 Field names are those of transformers' configurations wherever one exists. `MoaiConfig` (config.py) is this plus what
 transformers wants; the `model:` section of a recipe (recipe.py) is exactly this.
@@ -7,11 +7,12 @@ transformers wants; the `model:` section of a recipe (recipe.py) is exactly this
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from moai_llm.runtime import did_you_mean
 
 # what a config may name; `register_token_mixer` and `register_channel_mixer` (modeling/decoder.py) add to these
 TOKEN_MIXER_TYPES = ["full_attention", "sliding_attention", "linear_attention"]
@@ -248,8 +249,7 @@ def _known(field: str, values: Iterable[str], allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     for value in values:
         if value not in allowed:
-            close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            hint = did_you_mean(str(value), allowed)
             raise ValueError(f"{field}: {value!r} is not one of {', '.join(allowed)}{hint}")
 
 

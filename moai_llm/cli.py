@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
 import sys
@@ -12,7 +11,7 @@ from importlib import import_module
 from typing import Any, NoReturn
 
 from moai_llm import __version__
-from moai_llm.runtime import MoaiError
+from moai_llm.runtime import MoaiError, did_you_mean
 
 # verb -> (module with `configure(parser)` and `run(arguments)`, what it does)
 COMMANDS = {
@@ -44,9 +43,7 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = parse(arguments)
         if unknown:
             known = [flag for parser in self._family(arguments) for flag in parser._option_string_actions]
-            flag = unknown[0].split("=")[0]
-            close = difflib.get_close_matches(flag, known, n=1)
-            self.error(f"unknown argument {unknown[0]!r}" + (f" (did you mean {close[0]}?)" if close else ""))
+            self.error(f"unknown argument {unknown[0]!r}{did_you_mean(unknown[0].split('=')[0], known)}")
         return parsed
 
     def _family(self, arguments: Sequence[str]) -> list[argparse.ArgumentParser]:
@@ -71,10 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     verb = arguments[0]
     if verb not in COMMANDS:
-        close = difflib.get_close_matches(verb, COMMANDS, n=1)
-        sys.exit(
-            f"moai: there is no command {verb!r}" + (f" (did you mean {close[0]!r}?)" if close else "") + "\n" + _help()
-        )
+        sys.exit(f"moai: there is no command {verb!r}{did_you_mean(verb, COMMANDS)}\n{_help()}")
     _set_environment()
     module = import_module(COMMANDS[verb][0])
     parser = Parser(prog=f"moai {verb}", description=module.__doc__)

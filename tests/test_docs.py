@@ -118,7 +118,7 @@ def test_the_steps_of_the_readme_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The block as it stands, with fewer tokens and steps: what takes minutes there takes seconds here."""
-    fewer = {"8000": "400", "train.steps=2000": "train.steps=2", "train.steps=300": "train.steps=2"}
+    fewer = {"8000": "330", "train.steps=2000": "train.steps=2", "train.steps=300": "train.steps=2"}
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_text").mkdir()
     text = "".join(f"Document {i} says that the deposit earns interest {i * 7}. 이자가 붙어요. " for i in range(60))

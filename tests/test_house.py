@@ -14,8 +14,8 @@ import moai_llm
 
 PACKAGE = Path(moai_llm.__file__).parent
 FLOORS = [
-    ["runtime", "architecture"],
-    ["ops"],
+    ["runtime"],
+    ["ops", "architecture"],
     ["config", "losses"],
     ["recipe", "tokenizer", "modeling"],
     ["data", "quantization"],
@@ -62,6 +62,11 @@ def test_imports_go_down_only() -> None:
 def test_the_floor_test_sees_an_upward_import() -> None:
     ops = [path for path in FILES if path.name == "dispatch.py"]
     assert upward_imports(ops, lambda path: "from moai_llm.modeling.model import MoaiModel")
+
+
+def test_one_function_names_what_was_meant() -> None:
+    """So that every message of a mistyped name reads the same."""
+    assert {room_of(path) for path in FILES if "difflib" in imports(ast.parse(path.read_text()))} == {"runtime"}
 
 
 def test_every_room_has_a_floor() -> None:

@@ -34,7 +34,7 @@ AREAS = {
     "GPU kernels", "KV cache", "LoRA", "batch generation", "code models", "data mixing", "dataset sources",
     "evaluation harness", "expert tools", "long context", "memory", "multi-GPU", "optimizers", "parallel preparation",
     "planner", "profiling", "quantization", "representation learning", "serving", "tokenizer extension",
-    "tokenizer report", "tokenizer sampling",
+    "tokenizer sampling",
 }  # fmt: skip
 
 # document -> every flag, script, configuration key and imported name in it

@@ -16,6 +16,7 @@ from moai_llm.recipe import DataConfig
 from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
+    from moai_llm.data.code import CodeOptions
     from moai_llm.data.prepare import Report
     from moai_llm.data.shards import Store
 
@@ -32,6 +33,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--valid", help="a second store, for what is held out for evaluation")
     prepare.add_argument(
         "--valid-share", type=float, default=0.02, help="the share of the documents that --valid gets (default 0.02)"
+    )
+    prepare.add_argument(
+        "--fim",
+        type=float,
+        metavar="RATE",
+        help="share of the documents of source code to rearrange: fill in the middle",
+    )
+    prepare.add_argument(
+        "--fim-order", choices=("both", "psm", "spm"), default="both", help="prefix or suffix first (default both)"
+    )
+    prepare.add_argument(
+        "--code-chunk", type=int, metavar="TOKENS", help="cut source code longer than this between statements"
+    )
+    prepare.add_argument(
+        "--code-language", metavar="NAME", help="language of records whose file has no suffix that tells, e.g. python"
     )
     prepare.add_argument("--overwrite", action="store_true", help="replace a store that is there")
     info = verbs.add_parser("info", help="what is in a store")
@@ -53,7 +69,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from moai_llm.data.shards import Store, refuse_existing
     from moai_llm.tokenizer import load_tokenizer
 
-    console, tokenizer = make_console(), load_tokenizer(arguments.tokenizer)
+    console, tokenizer, code = make_console(), load_tokenizer(arguments.tokenizer), _code_options(arguments)
     sources, reading = open_sources(arguments, console, COLUMNS if arguments.chat else ("text",))
     if arguments.valid and any(source.once for source in sources):
         raise MoaiError("standard input can be read once, and --valid reads the sources twice: write it to a file")
@@ -72,15 +88,41 @@ def _prepare(arguments: argparse.Namespace) -> None:
                 reading=replace(reading, progress=shown.read),
                 part=part,
                 valid_share=arguments.valid_share,
+                code=code,
                 overwrite=arguments.overwrite,
                 progress=lambda documents, tokens: shown.update(f"{documents:,} documents, {tokens:,} tokens"),
             )
         if part:
             console.print(f"{part}: {out}")
         show_report(console, report)
+        if code is not None:
+            console.print(_about_code(report))
         _warn_of_long_conversations(console, Store(out))
     more = f" data.valid={arguments.valid}" if arguments.valid else ""
     console.print(f"written to {arguments.out}. Next: moai train RECIPE data.train={arguments.out}{more}")
+
+
+def _code_options(arguments: argparse.Namespace) -> CodeOptions | None:
+    from moai_llm.data.code import CodeOptions
+    from moai_llm.tokenizer.fim import Fim
+
+    fim = None if arguments.fim is None else Fim(arguments.fim, arguments.fim_order)
+    if fim is None and arguments.fim_order != "both":
+        raise MoaiError("--fim-order does nothing without --fim RATE")
+    if fim is None and arguments.code_chunk is None:
+        if arguments.code_language:
+            raise MoaiError("--code-language does nothing without --fim or --code-chunk")
+        return None
+    return CodeOptions(fim, arguments.code_chunk, arguments.code_language)
+
+
+def _about_code(report: Report) -> str:
+    if not report.code:
+        return (
+            "none of the documents is source code: their files have no suffix of a known language. "
+            "Name the language with --code-language"
+        )
+    return f"documents of source code: {report.code:,}; rearranged to fill in the middle: {report.filled:,}"
 
 
 def _warn_of_long_conversations(console: Console, store: Store) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
+from moai_llm.data.code import CodeOptions, encode_documents
 from moai_llm.data.sft import Messages, read_conversations
 from moai_llm.data.shards import Manifest, StoreWriter
 from moai_llm.data.sources import Reading, Skipped, Source, expand, read_records, read_texts
@@ -24,12 +25,16 @@ Progress = Callable[[int, int], None]  # documents and tokens so far
 
 @dataclass
 class Report:
-    """What `prepare` did; `dropped` counts records by reason, `skipped` what could not be read."""
+    """What `prepare` did; `dropped` counts records by reason, `skipped` what could not be read, `code` and `filled`
+    documents of the store.
+    """
 
     manifest: Manifest
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     skipped: Skipped = field(default_factory=Skipped)
+    code: int = 0  # in a language that is known
+    filled: int = 0  # of them, rearranged to fill in the middle
 
 
 def prepare(
@@ -41,6 +46,7 @@ def prepare(
     reading: Reading | None = None,
     part: Part | None = None,
     valid_share: float = 0.02,
+    code: CodeOptions | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -50,11 +56,14 @@ def prepare(
         reading: how to read: the columns' names, whether what is broken is skipped, ...
         part: only the documents that are held out (`valid`) or only the others (`train`); all when None.
         valid_share: of the documents, which are held out.
+        code: what to do with source code. What is held out is never rearranged: it measures plain text.
 
     Raises:
         MoaiError: unreadable sources, no documents, a tokenizer that training cannot use, or conversations in which no
             assistant says anything.
     """
+    if code is not None and kind == "chat":
+        raise MoaiError("fill-in-the-middle and chunks are for documents of source code, not for conversations")
     if not 0 < valid_share <= 0.5:
         raise MoaiError(f"the share to hold out must lie between 0 and 0.5, got {valid_share}")
     reading, every = reading or Reading(), round(1 / valid_share)
@@ -64,7 +73,11 @@ def prepare(
     if kind == "text":
         texts: Iterable[tuple[str, str]] = read_texts(sources, reading=reading, skipped=skipped)
         texts = texts if part is None else split_texts(texts, part, every)
-        return prepare_texts(texts, tokenizer, out, origins, skipped=skipped, overwrite=overwrite, progress=progress)
+        if code is not None and part == "valid":
+            code = replace(code, fim=None)
+        return prepare_texts(
+            texts, tokenizer, out, origins, skipped=skipped, code=code, overwrite=overwrite, progress=progress
+        )
     records = read_records(sources, reading, skipped=skipped)
     conversations: Iterable[tuple[Messages, str]] = read_conversations(records, skipped)
     conversations = conversations if part is None else split(conversations, part, every)
@@ -97,27 +110,32 @@ def prepare_texts(
     sources: list[str],
     *,
     skipped: Skipped | None = None,
+    code: CodeOptions | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """A text store from (text, place) pairs; `skipped` is the account of whoever reads them."""
     skipped = Skipped() if skipped is None else skipped
-    read, dropped = 0, Counter[str]()
+    code = code or CodeOptions()
+    code.check(tokenizer)
+    read, dropped, is_code, is_filled = 0, Counter[str](), 0, 0
     with StoreWriter(out, tokenizer, "text", overwrite=overwrite) as writer:
         for batch in _batched(texts):
-            kept = [text for text, _ in batch if text.strip()]
+            kept = [(read + i, text, place) for i, (text, place) in enumerate(batch) if text.strip()]
             read += len(batch)
             dropped["empty"] += len(batch) - len(kept)
-            for text, ids in zip(kept, tokenizer.encode_batch(kept)):
-                writer.add([*ids, tokenizer.eos_id], len(text.encode("utf-8", "replace")))
+            for document in encode_documents(tokenizer, kept, code):
+                writer.add(document.ids, document.text_bytes)
+                is_code += document.is_code
+                is_filled += document.is_filled
             if progress is not None:
                 progress(read, writer.tokens)
         _refuse_nothing(read, skipped)
-        return Report(writer.close(sources), read, +dropped, skipped)
+        return Report(writer.close(sources), read, +dropped, skipped, is_code, is_filled)
 
 
 def prepare_chats(
-    conversations: Iterable[tuple[list[dict[str, str]], str]],
+    conversations: Iterable[tuple[list[dict[str, Any]], str]],
     tokenizer: Tokenizer,
     out: str | Path,
     sources: list[str],
@@ -126,21 +144,24 @@ def prepare_chats(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """A chat store from (messages, place) pairs; `skipped` is the account of whoever reads them, and of what cannot be
-    rendered.
+    """A chat store from (messages, place) pairs, by the tokenizer's chat template; messages may have `tools`.
+    `skipped` is the account of whoever reads them, and of what cannot be rendered.
     """
     skipped = Skipped() if skipped is None else skipped
     read, dropped = 0, Counter[str]()
     with StoreWriter(out, tokenizer, "chat", overwrite=overwrite) as writer:
         for messages, place in conversations:
             read += 1
-            if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
+            if not any(m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls")) for m in messages):
                 dropped["no assistant turn"] += 1
                 continue
             try:
-                rendered = render(tokenizer, messages)
+                rendered = render(tokenizer, messages, tools=getattr(messages, "tools", None))
             except MoaiError as error:
                 skipped.bad(place.rpartition(":")[0], place, "no conversation", f": {error}")
+                continue
+            if not any(rendered.learn):
+                dropped["nothing to learn by the chat template"] += 1
                 continue
             writer.add(
                 rendered.ids, sum(len(m["content"].encode("utf-8", "replace")) for m in messages), rendered.learn
@@ -148,7 +169,12 @@ def prepare_chats(
             if progress is not None:
                 progress(read, writer.tokens)
         if read and dropped.total() == read:
-            raise MoaiError(f"none of the {read} conversations has an assistant turn to learn from")
+            raise MoaiError(
+                f"none of the {read} conversations has an assistant turn to learn from"
+                if dropped["no assistant turn"] == read
+                else f"the chat template leaves nothing to learn in any of the {read} conversations: look at one with "
+                "`moai tokenizer template`"
+            )
         _refuse_nothing(read, skipped)
         return Report(writer.close(sources), read, dropped, skipped)
 

@@ -25,13 +25,13 @@ class Chat:
     """The conversation so far and the model's session over it.
 
     Raises:
-        MoaiError: the model's tokenizer has no chat tokens.
+        MoaiError: the model's tokenizer has no chat template.
     """
 
     def __init__(self, text_model: TextModel, sampling: Sampling, system: str | None = None) -> None:
         if not can_chat(text_model.tokenizer):
             raise MoaiError(
-                f"{text_model.path} is not a chat model: its tokenizer has no turn tokens. "
+                f"{text_model.path} is not a chat model: its tokenizer has no chat template. "
                 "Use `moai generate`, or fine-tune it first"
             )
         self.text_model, self.sampling, self.session = text_model, sampling, Session(text_model)

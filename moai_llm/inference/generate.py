@@ -132,7 +132,7 @@ class Session:
             self._cache = new_cache(model.config)
         generator = torch.Generator(device=model.device)
         generator.manual_seed(sampling.seed) if sampling.seed is not None else generator.seed()
-        pending, tokens = prompt[len(self._fed) :], list(prompt)
+        pending, tokens, stops = prompt[len(self._fed) :], list(prompt), set(tokenizer.stop_ids)
         for _ in range(limit):
             logits = model(
                 input_ids=torch.tensor([pending], device=model.device),
@@ -143,7 +143,7 @@ class Session:
             ).logits[0, -1]
             self._fed += pending
             token = choose(logits[: tokenizer.vocab_size].float(), sampling, generator, tokens)
-            if token in tokenizer.stop_ids:
+            if token in stops:
                 return
             tokens.append(token)
             pending = [token]

@@ -30,15 +30,10 @@ _FUNCTIONS = {torch.float32: _function("moai_linear_fp32"), torch.bfloat16: _fun
 
 def linear_native(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., I), weight (O, I), bias (O,) -> (..., O), of one dtype on the CPU; sums are fp32."""
-    out, width = weight.shape
-    dtype = x.dtype
-    # past this point there are only addresses: what does not fit must be refused here
+    (out, width), dtype = weight.shape, x.dtype
     if x.shape[-1] != width or (bias is not None and bias.shape != (out,)):
         raise ValueError(f"x {tuple(x.shape)}, weight {(out, width)} and bias do not fit")
-    for t in (x, weight, bias):
-        if t is not None and not (t.dtype is dtype and t.is_cpu):
-            raise TypeError(f"the native linear layer needs {dtype} on the CPU here, got {t.dtype} on {t.device}")
-    x, weight, bias = x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+    x, weight, bias = native.ready(x, dtype), native.ready(weight, dtype), native.ready(bias, dtype)
     y = x.new_empty(*x.shape[:-1], out)
     _FUNCTIONS[dtype](
         x.numel() // width, width, out, torch.get_num_threads(), x.data_ptr(), weight.data_ptr(),

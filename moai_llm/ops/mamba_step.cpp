@@ -101,9 +101,9 @@ int step(const Shape& s, int threads, const T* input, T* window, float* state, c
     const idx pieces = (s.channels + PIECE - 1) / PIECE, columns = s.projected(), B = s.batch;
     const std::unique_ptr<float[]> floats(new float[B * (s.width + 2 * s.channels + columns)]);
     float *wide = floats.get(), *x = wide + B * s.width, *z = x + B * s.channels, *projected = z + B * s.channels;
-    const int few = worth_waking(threads, s.channels * s.rank * idx(sizeof(T)));
+    const int team_size = worth_waking(threads, s.channels * s.rank * idx(sizeof(T)));
     const auto over_channels = [&](const auto& run) {
-        parallel(few, B * pieces, [&](idx task, int) {
+        parallel(team_size, B * pieces, [&](idx task, int) {
             const idx b = task / pieces, first = task % pieces * PIECE;
             run(b, first, std::min<idx>(PIECE, s.channels - first));
         });

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moai_llm.ops import native
 from moai_llm.ops.mamba_step import StepWeights, mamba_step_reference
+from moai_llm.ops.native import ready
 
 _library = native.load("mamba_step.cpp")
 
@@ -31,33 +32,21 @@ _FUNCTIONS = {torch.float32: _function("moai_mamba_step_fp32"), torch.bfloat16: 
 def mamba_step_native(x: Tensor, window: Tensor, state: Tensor, weights: StepWeights) -> Tensor:
     w, half, wide = weights, x.dtype, torch.float32
     (b, d, n), width, kernel, rank = state.shape, x.shape[1], window.shape[2], w.dt_proj.shape[1]
-    # past this point there are only addresses: what does not fit must be refused here
-    windows, states = _ready(window, half, (b, d, kernel)), _ready(state, wide, (b, d, n))
+    windows, states = ready(window, half, (b, d, kernel)), ready(state, wide, (b, d, n))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    arrays = [
-        _ready(x, half, (b, width)), windows, states, _ready(w.in_x, half, (d, width)),
-        _ready(w.in_z, half, (d, width)), _ready(w.conv, half, (d, kernel)),
-        None if w.conv_bias is None else _ready(w.conv_bias, half, (d,)), _ready(w.x_proj, half, (rank + 2 * n, d)),
-        _ready(w.dt_proj, half, (d, rank)), _ready(w.dt_bias, wide, (d,)), _ready(w.A_log, wide, (d, n)),
-        _ready(w.D, wide, (d,)), _ready(w.out, half, (width, d)),
-    ]  # fmt: skip
-    for norm, size in ((w.dt_norm, rank), (w.B_norm, n), (w.C_norm, n)):
-        arrays.append(None if norm is None else _ready(norm, half, (size,)))
-    addresses = [None if t is None else t.data_ptr() for t in (*arrays, y)]
+    addresses = native.addresses(
+        ready(x, half, (b, width)), windows, states, ready(w.in_x, half, (d, width)), ready(w.in_z, half, (d, width)),
+        ready(w.conv, half, (d, kernel)), ready(w.conv_bias, half, (d,)), ready(w.x_proj, half, (rank + 2 * n, d)),
+        ready(w.dt_proj, half, (d, rank)), ready(w.dt_bias, wide, (d,)), ready(w.A_log, wide, (d, n)),
+        ready(w.D, wide, (d,)), ready(w.out, half, (width, d)), ready(w.dt_norm, half, (rank,)),
+        ready(w.B_norm, half, (n,)), ready(w.C_norm, half, (n,)), y,
+    )  # fmt: skip
     _FUNCTIONS[half](b, width, d, n, rank, kernel, torch.get_num_threads(), w.eps, *addresses)
     if windows is not window:  # it was not contiguous
         window.copy_(windows)
     if states is not state:
         state.copy_(states)
     return y
-
-
-def _ready(t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The same, contiguous."""
-    if not (t.dtype is dtype and t.is_cpu and t.shape == shape):
-        got = f"{t.dtype} {tuple(t.shape)} on {t.device}"
-        raise TypeError(f"the native Mamba step needs {dtype} {shape} on the CPU here, got {got}")
-    return t.contiguous()
 
 
 def _check(random: native.Random) -> None:

@@ -166,11 +166,9 @@ void parallel(int threads, idx tasks, const Run& run) {
     team(work, &job, unsigned(threads), 0);  // of the size that torch itself asks for: another would restart threads
 }
 
-// As many threads as have a megabyte to read each: to wake one takes as long as to read that.
-inline int worth_waking(int threads, idx bytes) {
-    const idx most = 1 + (bytes >> 21);
-    return most < threads ? int(most) : threads;
-}
+// All threads, or the calling one alone where to wake the others takes longer than to read so little. Never some of them:
+// a team of another size than torch's restarts threads.
+inline int worth_waking(int threads, idx bytes) { return bytes < 2 * 1024 * 1024 ? 1 : threads; }
 
 // y (rows, out) = x (rows, in) W^T + bias. Each weight is read once, for all rows.
 template <class T, class Y>

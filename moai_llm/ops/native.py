@@ -19,9 +19,10 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from moai_llm.ops.dispatch import Unavailable
@@ -194,7 +195,29 @@ def raise_if_failed(code: int, function: Any, *_: Any) -> None:
         raise MemoryError(f"{function.__name__} found no memory to work in")
 
 
-Random = Callable[..., torch.Tensor]
+Given = TypeVar("Given", Tensor, Tensor | None)
+
+
+def ready(tensor: Given, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> Given:
+    """The same, contiguous; None stays None. A kernel sees only addresses: what does not fit must be refused here.
+
+    Raises:
+        TypeError: not `dtype` on the CPU, or not of `shape` where one is given.
+    """
+    if tensor is None:
+        return None
+    if tensor.dtype is dtype and tensor.is_cpu and (shape is None or tensor.shape == shape):
+        return tensor.contiguous()
+    needed, got = f"{dtype} {shape or ''}".strip(), f"{tensor.dtype} {tuple(tensor.shape)}"
+    raise TypeError(f"a native kernel needs {needed} on the CPU here, got {got} on {tensor.device}")
+
+
+def addresses(*tensors: Tensor | None) -> list[int | None]:
+    """What a kernel reads and writes: of tensors that are `ready`, and that live until it returns."""
+    return [None if t is None else t.data_ptr() for t in tensors]
+
+
+Random = Callable[..., Tensor]
 
 
 def self_check(check: Callable[[Random], None]) -> None:
@@ -203,7 +226,7 @@ def self_check(check: Callable[[Random], None]) -> None:
     """
     generator = torch.Generator().manual_seed(0)
 
-    def random(*shape: int) -> torch.Tensor:
+    def random(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32).sub_(0.5)
 
     with (
@@ -215,7 +238,7 @@ def self_check(check: Callable[[Random], None]) -> None:
         check(random)
 
 
-def require_close(got: torch.Tensor, truth: torch.Tensor, tolerance: float) -> None:
+def require_close(got: Tensor, truth: Tensor, tolerance: float) -> None:
     """
     Raises:
         Unavailable: the built kernel is wrong.

@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from moai_llm.ops import native
-from moai_llm.ops.dispatch import Unavailable
 from moai_llm.ops.selective_scan import check_shapes, needs_backward, register_scan, scan_reference, step_reference
 
 _library = native.load("selective_scan.cpp")
@@ -34,18 +32,6 @@ _scan_step = _function("moai_scan_step", 3, 8)
 _CHUNK: int = _library.moai_scan_chunk()
 
 
-def _ready(dtype: torch.dtype, *tensors: Tensor | None) -> list[Any]:
-    """The same, contiguous. Past this point there are only addresses: what does not fit must be refused here."""
-    for t in tensors:
-        if t is not None and not (t.dtype is dtype and t.is_cpu):
-            raise TypeError(f"the native selective scan needs {dtype} on the CPU here, got {t.dtype} on {t.device}")
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
-def _addresses(*tensors: Tensor | None) -> list[int | None]:
-    return [None if t is None else t.data_ptr() for t in tensors]
-
-
 def _forward(
     x: Tensor,
     delta: Tensor,
@@ -59,13 +45,13 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> y, final state (B, D, N), and with `save` the state before each chunk (chunks, B, N, D)."""
     check_shapes(x, delta, A, B, C, D, starts, h0)
-    x, B, C = _ready(x.dtype, x, B, C)
-    delta, A, D, h0 = _ready(torch.float32, delta, A, D, h0)
-    (starts,) = _ready(torch.bool, starts)
+    x, B, C = (native.ready(t, x.dtype) for t in (x, B, C))
+    delta, A, D = (native.ready(t, torch.float32) for t in (delta, A, D))
+    h0, starts = native.ready(h0, torch.float32), native.ready(starts, torch.bool)
     (b, l, d), n = x.shape, A.shape[1]
     y, h = torch.empty_like(x), delta.new_empty(b, d, n)
     kept = delta.new_empty(-(-l // _CHUNK) if save else 0, b, n, d)
-    arrays = _addresses(x, delta, A, B, C, D, starts, h0, y, h, kept if save else None)
+    arrays = native.addresses(x, delta, A, B, C, D, starts, h0, y, h, kept if save else None)
     _scan_forward(b, l, d, n, x.dtype is torch.bfloat16, torch.get_num_threads(), *arrays)
     return y, h, kept
 
@@ -79,12 +65,12 @@ def _backward(
     check_shapes(x, delta, A, B, C, D, starts, gh)
     if gy.shape != x.shape or kept.shape != (-(-l // _CHUNK), b, n, d):
         raise ValueError(f"gradient {tuple(gy.shape)} or kept states {tuple(kept.shape)} do not fit x {tuple(x.shape)}")
-    gy, x, B, C = _ready(x.dtype, gy, x, B, C)
-    delta, A, D, gh, kept = _ready(torch.float32, delta, A, D, gh, kept)
-    (starts,) = _ready(torch.bool, starts)
+    gy, x, B, C = (native.ready(t, x.dtype) for t in (gy, x, B, C))
+    delta, A, D, kept = (native.ready(t, torch.float32) for t in (delta, A, D, kept))
+    gh, starts = native.ready(gh, torch.float32), native.ready(starts, torch.bool)
     gx, gdelta, gA, gB, gC, gD = (torch.empty_like(t) for t in (x, delta, A, B, C, D))
     gh0 = delta.new_empty(b, d, n)
-    arrays = _addresses(gy, gh, x, delta, A, B, C, D, starts, kept, gx, gdelta, gA, gB, gC, gD, gh0)
+    arrays = native.addresses(gy, gh, x, delta, A, B, C, D, starts, kept, gx, gdelta, gA, gB, gC, gD, gh0)
     _scan_backward(b, l, d, n, x.dtype is torch.bfloat16, torch.get_num_threads(), *arrays)
     return gx, gdelta, gA, gB, gC, gD, gh0
 
@@ -95,57 +81,37 @@ def _step(x: Tensor, state: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tens
         x.shape == delta.shape == (b, d) and B.shape == C.shape == (b, n) and A.shape == (d, n) and D.shape == (d,)
     ):
         raise ValueError(f"shapes of the step do not agree with the state {(b, d, n)}")
-    x, B, C = _ready(x.dtype, x, B, C)
-    h, delta, A, D = _ready(torch.float32, state, delta, A, D)
+    x, B, C = (native.ready(t, x.dtype) for t in (x, B, C))
+    h, delta, A, D = (native.ready(t, torch.float32) for t in (state, delta, A, D))
     y = torch.empty_like(x)
-    arrays = _addresses(x, h, delta, A, B, C, D, y)
+    arrays = native.addresses(x, h, delta, A, B, C, D, y)
     _scan_step(b, d, n, x.dtype is torch.bfloat16, torch.get_num_threads(), *arrays)
     if h is not state:  # it was not contiguous
         state.copy_(h)
     return y
 
 
-def _self_check() -> None:
-    """A kernel that the compiler got wrong must not train a model: compare it on a small odd problem."""
-
-    def compare(dtype: torch.dtype, tolerance: float) -> None:
-        # a second chunk, channels that fill no vector, states in groups of 8, 4 and 1
-        b, l, d, n = 2, _CHUNK + 3, 19, 13
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*shape: int) -> Tensor:
-            return torch.rand(shape, generator=generator, device="cpu", dtype=torch.float32)
-
-        x, B, C, gy = (random(*shape).sub(0.5).to(dtype) for shape in ((b, l, d), (b, l, n), (b, l, n), (b, l, d)))
-        delta, A, D, h0, gh = random(b, l, d), -16 * random(d, n), random(d), random(b, d, n), random(b, d, n)
-        starts = random(b, l) < 0.1
+def _check(random: native.Random) -> None:
+    # a second chunk, channels that fill no vector, states in groups of 8, 4 and 1
+    b, l, d, n = 2, _CHUNK + 3, 19, 13
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        x, B, C, gy = (random(*shape).to(dtype) for shape in ((b, l, d), (b, l, n), (b, l, n), (b, l, d)))
+        delta, A = random(b, l, d) + 0.5, -16 * (random(d, n) + 0.5)
+        D, h0, gh, starts = random(d), random(b, d, n), random(b, d, n), random(b, l) < -0.4
         y, h, kept = _forward(x, delta, A, B, C, D, starts, h0, True)
+        state, truth = h0.clone(), h0.clone()
         got = [y, h, *_backward(gy, gh, x, delta, A, B, C, D, starts, kept)]
-        state = h0.clone()
         got += [_step(x[:, 0], state, delta[:, 0], A, B[:, 0], C[:, 0], D), state]
+        wanted = [step_reference(x[:, 0], truth, delta[:, 0], A, B[:, 0], C[:, 0], D), truth]
         inputs = [t.requires_grad_() for t in (x, delta, A, B, C, D, h0)]
-        wanted = list(scan_reference(x, delta, A, B, C, D, starts, h0))
-        wanted += torch.autograd.grad(wanted, inputs, [gy, gh])
-        state = h0.detach().clone()
-        with torch.no_grad():
-            wanted += [step_reference(x[:, 0], state, delta[:, 0], A, B[:, 0], C[:, 0], D), state]
-        for i, (mine, theirs) in enumerate(zip(got, wanted)):
-            error = (mine.float() - theirs.float()).norm() / theirs.float().norm()
-            if not error < tolerance:
-                raise Unavailable(f"the built library is wrong: result {i} is off by {error:.1e} in {dtype}")
-
-    # whatever surrounds the first call: fake tensors, inference mode, autocast
-    with (
-        _disable_current_modes(),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
-        compare(torch.float32, 1e-5)
-        compare(torch.bfloat16, 2e-2)
+        with torch.enable_grad():
+            results = scan_reference(x, delta, A, B, C, D, starts, h0)
+        wanted = [*results, *torch.autograd.grad(results, inputs, [gy, gh]), *wanted]
+        for mine, theirs in zip(got, wanted):
+            native.require_close(mine, theirs, tolerance)
 
 
-_self_check()
+native.self_check(_check)
 _forward_op = torch.library.custom_op("moai::selective_scan_native", mutates_args=())(_forward)
 _backward_op = torch.library.custom_op("moai::selective_scan_native_backward", mutates_args=())(_backward)
 register_scan(_forward_op, _backward_op, _CHUNK)

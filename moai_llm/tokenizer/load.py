@@ -17,24 +17,11 @@ import numpy as np
 import tokenizers
 
 from moai_llm.runtime import MoaiError
+from moai_llm.tokenizer.byte_level import BYTE_OF
+from moai_llm.tokenizer.split import GPT2_SPLIT
 
 PAD, END_OF_TEXT, TURN_START, TURN_END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 PADDED_TO = 128  # models round the vocabulary up to this, with rows that no token uses
-
-# GPT-2's split, which a ByteLevel pre-tokenizer applies when no pattern is written down
-GPT2_SPLIT = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """The printable stand-in of each byte in byte-level BPE files (GPT-2's table)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    table = {chr(byte): byte for byte in printable}
-    hidden = [byte for byte in range(256) if byte not in printable]
-    table.update({chr(256 + i): byte for i, byte in enumerate(hidden)})
-    return table
-
-
-BYTE_OF = _byte_alphabet()
 
 
 class Tokenizer:
@@ -70,8 +57,10 @@ class Tokenizer:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens at which generation stops: the end of a document, and of a turn where there is one."""
-        return [self.eos_id, *[self.special_ids[t] for t in (TURN_END,) if t in self.special_ids]]
+        """Tokens at which generation stops: the end of a document, and of an answer by the chat template in force."""
+        from moai_llm.tokenizer.chat import turn_ends
+
+        return list(dict.fromkeys([self.eos_id, *turn_ends(self)]))
 
     def _role(self, role: str) -> int:
         token = self.roles.get(role)

@@ -38,7 +38,8 @@ def build_model(
             logger.info("vocab_size %s becomes %s, the tokenizer's", fields["vocab_size"], tokenizer.padded_vocab_size)
             fields["vocab_size"] = tokenizer.padded_vocab_size
         model = MoaiForCausalLM(MoaiConfig(**fields))
-    ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    bos = tokenizer.special_ids.get(tokenizer.roles.get("bos_token", ""), tokenizer.eos_id)
+    ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": bos, "pad_token_id": tokenizer.pad_id}
     for name, value in ids.items():
         setattr(model.config, name, value)
     model.generation_config = GenerationConfig(**{**ids, "eos_token_id": tokenizer.stop_ids})

@@ -7,43 +7,18 @@ import importlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from moai_llm.cli import COMMANDS, Parser, main
+from moai_llm.cli import COMMANDS, Parser
 from moai_llm.commands import train
 from moai_llm.tokenizer import Tokenizer
-
-Moai = Callable[..., str]
-
-
-@pytest.fixture
-def moai(capsys: pytest.CaptureFixture[str]) -> Moai:
-    """Run a command and return what it printed."""
-
-    def run(*arguments: object) -> str:
-        main([str(a) for a in arguments])
-        return capsys.readouterr().out
-
-    return run
-
-
-@pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str]) -> Moai:
-    """Run a command that must fail and return its message."""
-
-    def run(*arguments: object, code: int = 1) -> str:
-        with pytest.raises(SystemExit) as left:
-            main([str(a) for a in arguments])
-        message = capsys.readouterr().err + (left.value.code if isinstance(left.value.code, str) else "")
-        assert (1 if isinstance(left.value.code, str) else left.value.code) == code, message
-        assert "Traceback" not in message
-        return message
-
-    return run
+from moai_llm.tokenizer.fim import FIM_TOKENS
+from moai_llm.tokenizer.train import SPECIAL_TOKENS, train_tokenizer
+from tests.commands.conftest import Moai
 
 
 def test_help(moai: Moai) -> None:
@@ -129,6 +104,28 @@ def test_a_part_is_held_out(moai: Moai, fails: Moai, tmp_path: Path, text_file: 
     assert "exists already" in fails(*prepare, *held_out)
 
 
+def test_source_code(moai: Moai, fails: Moai, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = "".join(f"def f{i}(a):\n    b = a + {i}\n    return b\n\n\n" for i in range(30))
+    code, prose, out = tmp_path / "code.py", tmp_path / "prose.txt", tmp_path / "out"
+    code.write_text(source)
+    prose.write_text("no code")
+    filling = train_tokenizer([source], 330, special_tokens=(*SPECIAL_TOKENS, *FIM_TOKENS), fewer=True)
+    tail = ("--tokenizer", filling.save(tmp_path / "tok"), "--out", out, "--overwrite")
+    output = moai("data", "prepare", code, prose, *tail, "--fim", 1, "--fim-order", "psm", "--code-chunk", 100)
+    found = re.search(r"source code: (\d+); rearranged to fill in the middle: (\d+)", output)
+    assert found and int(found[1]) > 3 and found[1] == found[2]
+    assert "<|fim_prefix|>" in moai("data", "show", out)
+    assert "none of the documents is source code" in moai("data", "prepare", prose, *tail, "--fim", 0.5)
+    assert "source code: 1;" in moai("data", "prepare", prose, *tail, "--fim", 0.5, "--code-language", "python")
+    chunk = ("--code-chunk", 100, "--fim-order", "spm")
+    assert "--fim-order does nothing without --fim" in fails("data", "prepare", code, *tail, *chunk)
+    assert "nothing without --fim or" in fails("data", "prepare", code, *tail, "--code-language", "c")
+    assert "above 0 and be at most 1, got 2" in fails("data", "prepare", code, *tail, "--fim", 2)
+    plain = ("--tokenizer", tokenizer.save(tmp_path / "plain"), "--out", tmp_path / "x")
+    assert "this tokenizer has no <|fim_prefix|>" in fails("data", "prepare", code, *plain, "--fim", 0.5)
+    assert not (tmp_path / "x").exists()
+
+
 def test_the_examples_of_train_help(moai: Moai) -> None:
     """Each is taken as it stands, and says exactly once how long to train."""
     lines = [line for line in (train.__doc__ or "").splitlines() if line.startswith("moai train moai")]
@@ -201,12 +198,12 @@ def test_mistakes(fails: Moai, arguments: list[str], message: str) -> None:
     ("arguments", "message"),
     [
         (["train"], "required: recipe"),
-        (["train", "moai-3b-tiny", "--resum"], "unknown argument '--resum' (did you mean --resume?)"),
-        (["generate", "m", "--prompt", "x", "--temprature", "1"], "did you mean --temperature?"),
+        (["train", "moai-3b-tiny", "--resum"], "unknown argument '--resum' (did you mean '--resume'?)"),
+        (["generate", "m", "--prompt", "x", "--temprature", "1"], "did you mean '--temperature'?"),
         (["data", "prepare", "x", "--tokeniser", "t", "--out", "o"], "required: --tokenizer"),
-        (["eval", "perplexity", "m", "--windw", "3"], "did you mean --window?"),
+        (["eval", "perplexity", "m", "--windw", "3"], "did you mean '--window'?"),
         (["tokenizer", "trane"], "invalid choice: 'trane'"),
-        (["tokenizer"], "required: {train,show}"),
+        (["tokenizer"], "required: {train,extend,show,report,template}"),
         (["data"], "required: {prepare,info,show}"),
         (["eval"], "required: perplexity"),
         (["generate", "m", "--prompt", "x", "--top-k", "many"], "invalid int value: 'many'"),

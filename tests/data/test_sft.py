@@ -41,6 +41,57 @@ def test_details() -> None:
     assert messages[0]["content"] == "q\nmore"
 
 
+CALL = {"name": "f", "arguments": {"x": 1}}
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {  # OpenAI's: arguments as JSON text, content null
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "q"}]},
+                {"role": "assistant", "content": None, "tool_calls": [
+                    {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+                ]},
+                {"role": "tool", "content": "r", "tool_call_id": "1"},
+            ],
+            "tools": [TOOL],
+        },
+        {  # ShareGPT's: everything as JSON text
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
+                {"from": "observation", "value": "r"},
+            ],
+            "tools": '[{"name": "f"}]',
+        },
+    ],
+)  # fmt: skip
+def test_tools(columns: dict) -> None:
+    ((messages, _),) = read_conversations([Record(columns, "")])
+    assert messages == [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "tool", "content": "r"},
+    ]
+    assert messages.tools == [TOOL]
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"conversations": [{"from": "function_call", "value": "call f"}]}, "are JSON, this is not: 'call f'"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {}}]}]}, "a tool call without a name"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "a content that is not text alone"),
+        ({"messages": ["hello"]}, "not a conversation"),
+    ],
+)
+def test_broken_conversations_name_their_place(columns: dict, message: str) -> None:
+    with pytest.raises(MoaiError, match=f"a.jsonl:3: .*{message}"):
+        list(read_conversations([Record(columns, "a.jsonl:3")]))
+
+
 def test_unknown_shape() -> None:
     with pytest.raises(
         MoaiError, match=r"a.jsonl:3: not a conversation; it has text. Known shapes: messages; conversations"

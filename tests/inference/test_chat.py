@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 
 import pytest
+import torch
 
 from moai_llm.inference import chat as chats
 from moai_llm.inference.chat import Chat, run_terminal
@@ -15,6 +16,7 @@ from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.chat import render
 from moai_llm.tokenizer.train import build_tokenizer
 from tests.conftest import tiny_model
+from tests.tokenizer.conftest import tokenizer_for
 
 
 @pytest.fixture
@@ -88,7 +90,31 @@ def test_ctrl_c_stops_the_answer_only(
     assert chat.messages[-1]["content"] == "part"
 
 
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma"])
+def test_every_template(name: str) -> None:
+    """The prompt is rendered by the template in force, and its end of turn ends the answer."""
+    tokenizer = tokenizer_for(name)
+    model = tiny_model(vocab_size=512)
+    chat = Chat(TextModel(model, tokenizer, Path("here")), Sampling(4, temperature=0), system="Be brief.")
+    list(chat.say("hello"))
+    assert [m["role"] for m in chat.messages] == ["system", "user", "assistant"]
+    end = tokenizer.stop_ids[-1]
+    assert tokenizer.decode([end]) == {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}[name]
+    fed = []
+
+    def forward(input_ids: torch.Tensor, **_: object):  # type: ignore[no-untyped-def]
+        fed.extend(input_ids[0].tolist())
+        logits = torch.zeros(1, 1, 512)
+        logits[..., end] = 9
+        return type("Output", (), {"logits": logits})
+
+    model.forward = forward
+    chat.reset()
+    assert "".join(chat.say("hello")) == ""
+    assert fed == render(tokenizer, chat.messages[:-1], add_generation_prompt=True).ids
+
+
 def test_a_base_model_cannot_chat() -> None:
-    plain = build_tokenizer([bytes([i]) for i in range(256)], ["<|endoftext|>", "<|pad|>"])
+    plain = build_tokenizer([], ["<|endoftext|>", "<|pad|>"])
     with pytest.raises(MoaiError, match="not a chat model.*moai generate"):
         Chat(TextModel(tiny_model(vocab_size=512), plain, Path("here")), Sampling())

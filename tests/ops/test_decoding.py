@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,6 +15,7 @@ from moai_llm.ops.dispatch import Unavailable, use
 from moai_llm.ops.linear import linear
 from moai_llm.ops.mamba_step import StepWeights, mamba_step, mamba_step_reference
 from moai_llm.ops.norm import rms_norm
+from moai_llm.ops.selective_scan import selective_scan, selective_scan_step
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
@@ -46,6 +51,68 @@ def test_linear(dtype: torch.dtype, threads: int, shape: tuple[int, ...], out: i
             assert close(linear(x, w.t().contiguous().t()), F.linear(x.double(), w.double()), dtype)
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def recorded_teams(source: str) -> Iterator[list[int]]:
+    """The number of threads of every team that a library asks for. One thread does the work of them all."""
+    asked: list[int] = []
+    work_type = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def team(work: int, data: int, threads: int, flags: int) -> None:
+        asked.append(threads)
+        work_type(work)(data)
+
+    library = native.load(source)
+    library.moai_use_team(team)
+    try:
+        yield asked
+    finally:
+        library.moai_use_team(native._openmp_parallel())
+
+
+def small_and_large_linear() -> None:
+    for out in (200, 520, 900, 1500, 4000):  # around 1, 2, 4, 6 and 16 MB to read: as many as 1 to 8 times the least
+        w = torch.full((out, 1024), 2**-10)
+        assert torch.equal(linear(torch.ones(1, 1024), w), torch.ones(1, out))
+
+
+def small_and_large_steps() -> None:
+    for d, rank in ((64, 4), (1800, 40), (1800, 600)):
+        (x, window, state), weights = step_inputs(torch.float32, 2, 500, d, 16, rank)
+        mamba_step(x, window, state, weights)
+
+
+def small_and_large_scans() -> None:
+    for b, l, d in ((1, 3, 40), (1, 3, 4000), (3, 200, 130), (5, 1, 3000)):
+        g = torch.Generator().manual_seed(0)
+        x, delta, B, C = (torch.rand(b, l, size, generator=g) for size in (d, d, 16, 16))
+        A = -torch.rand(d, 16, generator=g)
+        with torch.enable_grad():
+            selective_scan(x.clone().requires_grad_(), delta, A, B, C).sum().backward()
+        selective_scan_step(torch.zeros(b, d, 16), x[:, 0], delta[:, 0], A, B[:, 0], C[:, 0])
+
+
+@pytest.mark.parametrize(
+    ("source", "run"),
+    [
+        ("linear.cpp", small_and_large_linear),
+        ("mamba_step.cpp", small_and_large_steps),
+        ("selective_scan.cpp", small_and_large_scans),
+    ],
+)
+def test_a_kernel_takes_all_threads_or_one(
+    source: str, run: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A team of another size than that of torch makes the OpenMP runtime end threads, and start them at the next."""
+    names = ("linear", "mamba_step", "selective_scan", "selective_scan_step")
+    with torch.no_grad(), use(**dict.fromkeys(names, "native")), recorded_teams(source) as asked:
+        run()
+        assert not asked  # the suite has one thread
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 16)
+        run()
+    assert set(asked) == {16}
 
 
 def test_linear_leaves_the_rest_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -352,14 +352,15 @@ def test_custom_ops_keep_their_promises(name):
 
 def test_the_self_check_finds_a_wrong_kernel(monkeypatch):
     force("native")
-    from moai_llm.ops import selective_scan_native as native
+    from moai_llm.ops import native
+    from moai_llm.ops import selective_scan_native as module
 
-    native._self_check()
+    native.self_check(module._check)
     for function in ("_scan_forward", "_scan_backward", "_scan_step"):
         with monkeypatch.context() as patch:
-            patch.setattr(native, function, lambda *_: 0)  # leaves the results as they were allocated
+            patch.setattr(module, function, lambda *_: 0)  # leaves the results as they were allocated
             with pytest.raises(dispatch.Unavailable, match="wrong"):
-                native._self_check()
+                native.self_check(module._check)
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 instruction sets")
@@ -378,7 +379,7 @@ def test_narrower_vectors_are_right_too(monkeypatch, tmp_path, target):
     monkeypatch.setattr(module, "_library", native._load(module.__file__.replace("_native.py", ".cpp")))
     for name, sizes, arrays in (("scan_forward", 4, 11), ("scan_backward", 4, 17), ("scan_step", 3, 8)):
         monkeypatch.setattr(module, f"_{name}", module._function(f"moai_{name}", sizes, arrays))
-    module._self_check()
+    native.self_check(module._check)
     with dispatch.use(selective_scan="native"):
         for size in SIZES[:5]:
             p = problem(*size)
@@ -393,12 +394,13 @@ def test_the_self_check_runs_wherever_the_first_call_is():
     force("native")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from moai_llm.ops import selective_scan_native as native
+    from moai_llm.ops import native
+    from moai_llm.ops import selective_scan_native as module
 
     before = torch.get_rng_state()
     for surrounding in (torch.inference_mode(), torch.device("meta"), FakeTensorMode(), torch.autocast("cpu")):
         with surrounding:
-            native._self_check()
+            native.self_check(module._check)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
-from moai_llm.tokenizer.train import SPECIAL_TOKENS, apply_merges, train_tokenizer
+from moai_llm.tokenizer.byte_level import apply_merges
+from moai_llm.tokenizer.train import SPECIAL_TOKENS, train_tokenizer
 from tests.conftest import shared_data
 
 HARD = [

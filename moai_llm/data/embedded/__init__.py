@@ -1,4 +1,5 @@
-"""Text that every machine with Python already has, and the instruction set that ships with this package.
+"""Text that every machine with Python already has, and what ships with this package: instructions, and a sample of
+text to measure tokenizers on.
 
 The text is the standard library's own: the language reference behind `help()`, the docstrings of its modules, and
 their source. The instructions (ko, en, ja, zh; finance and everyday questions) were written for this project.
@@ -15,6 +16,8 @@ from moai_llm.data.sft import Messages, read_conversations
 from moai_llm.data.sources import read_records
 
 INSTRUCTIONS = Path(__file__).parent / "instructions.jsonl"
+SAMPLE = Path(__file__).parent / "sample.jsonl"
+PARALLEL = ("en", "ko", "ja", "zh")  # labels of the sample whose documents are translations of each other, in order
 LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "pydoc_data"}
 LARGEST_SOURCE = 40_000  # bytes of a module's source that are still worth reading as one document
 
@@ -57,3 +60,11 @@ def _docstrings(source: str) -> str:
 def instructions() -> Iterator[tuple[Messages, str]]:
     """(messages, place) of the embedded instruction set."""
     return read_conversations(read_records([INSTRUCTIONS]))
+
+
+def sample_texts() -> dict[str, list[str]]:
+    """Label -> documents of the embedded sample: languages and domains, a few kilobytes each."""
+    texts: dict[str, list[str]] = {}
+    for record in read_records([SAMPLE]):
+        texts.setdefault(record.columns["label"], []).append(record.columns["text"])
+    return texts
