@@ -20,15 +20,21 @@ SHOWN = 10  # rows of the account
 EVERY = 30  # seconds between two lines of progress where there is no terminal
 
 
+SOURCES = (
+    "files (text, code, JSON lines, JSON, CSV, Parquet, Arrow, archives, compressed or not), folders, "
+    "'quoted/**/patterns*', URLs, data sets of the Hub (org/name:config:split), git repositories (git:FOLDER), "
+    "- for standard input"
+)
+
+
 def add_source_options(parser: argparse.ArgumentParser, nargs: str = "+") -> None:
     """The positional `sources` and how to read them."""
-    parser.add_argument(
-        "sources",
-        nargs=nargs,
-        help="files (text, code, JSON lines, JSON, CSV, Parquet, Arrow, archives, compressed or not), folders, "
-        "'quoted/**/patterns*', URLs, data sets of the Hub (org/name:config:split), git repositories (git:FOLDER), "
-        "- for standard input",
-    )
+    parser.add_argument("sources", nargs=nargs, help=SOURCES)
+    add_reading_options(parser)
+
+
+def add_reading_options(parser: argparse.ArgumentParser) -> None:
+    """How to read sources, however the command calls them."""
     parser.add_argument(
         "--map",
         action="append",
@@ -58,7 +64,17 @@ def open_sources(
     Raises:
         MoaiError: a source that is not there, an option that makes no sense.
     """
-    from moai_llm.data.sources import Reading, Skipped, expand
+    from moai_llm.data.sources import Skipped, expand
+
+    reading, skipped = read_options(arguments, columns), Skipped(arguments.skip_bad)
+    sources = expand(arguments.sources, skipped=skipped)
+    show_skipped(console, skipped)
+    return sources, reading
+
+
+def read_options(arguments: argparse.Namespace, columns: Collection[str] = ("text",)) -> Reading:
+    """What `add_reading_options` added, checked."""
+    from moai_llm.data.sources import Reading
     from moai_llm.data.sources.columns import parse_mapping
     from moai_llm.data.sources.records import read_size
 
@@ -67,17 +83,13 @@ def open_sources(
         "".encode(arguments.encoding)
     except (LookupError, TypeError):
         raise MoaiError(f"--encoding {arguments.encoding}: no such encoding; e.g. cp949, shift_jis, gb18030") from None
-    reading = Reading(
+    return Reading(
         mapping=parse_mapping(arguments.map, columns),
         skip_bad=arguments.skip_bad,
         max_record=read_size(arguments.max_record),
         encoding=arguments.encoding,
         streaming=arguments.streaming,
     )
-    skipped = Skipped(arguments.skip_bad)
-    sources = expand(arguments.sources, skipped=skipped)
-    show_skipped(console, skipped)
-    return sources, reading
 
 
 def show_skipped(console: Console, skipped: Skipped) -> None:

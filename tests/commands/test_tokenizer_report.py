@@ -19,7 +19,7 @@ from moai_llm.commands.tokenizer_show import _with_ids
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.pieces import Piece
 from moai_llm.tokenizer.report import decimal
-from tests.commands.test_cli import Moai, fails, moai  # noqa: F401 - fixtures
+from tests.commands.conftest import Moai
 from tests.conftest import shared_data
 from tests.tokenizer import foreign
 
@@ -134,7 +134,7 @@ def test_a_broken_one_is_named_before_any_work(
     assert "give LABEL=PATH" in fails(*report, "--text", "ko=")
     assert "is a folder: name a file to write" in fails(*report, "--json", tmp_path)
     assert "--limit-mb must be above 0" in fails(*report, "--limit-mb", 0)
-    assert "there are none" in fails(*report, "--column", "body")
+    assert "there are none" in fails(*report, "--map", "text=body")
 
 
 def test_progress_without_a_terminal(
