@@ -33,8 +33,7 @@ DOCUMENTS = ROOT.parent / "shared" / "documents"
 AREAS = {
     "GPU kernels", "KV cache", "LoRA", "batch generation", "code models", "data mixing", "dataset sources",
     "evaluation harness", "expert tools", "long context", "memory", "multi-GPU", "optimizers", "parallel preparation",
-    "planner", "profiling", "quantization", "representation learning", "serving", "tokenizer extension",
-    "tokenizer sampling",
+    "planner", "profiling", "quantization", "representation learning", "serving",
 }  # fmt: skip
 
 # document -> every flag, script, configuration key and imported name in it

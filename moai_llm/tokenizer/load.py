@@ -199,4 +199,6 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             roles[role] = value["content"] if isinstance(value, dict) else value
     template_file = file.with_name("chat_template.jinja")
     template = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
+    if isinstance(template, list):  # several by name, as older files have them
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
     return Tokenizer(backend, roles, template)
