@@ -9,7 +9,6 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.table import Table
 
 from moai_llm.runtime import MoaiError
 
@@ -95,18 +94,19 @@ def read_options(arguments: argparse.Namespace, columns: Collection[str] = ("tex
 def show_skipped(console: Console, skipped: Skipped) -> None:
     """Broken files and records by file and reason, with the first of each; and what was left out on purpose."""
     broken = skipped.broken()
-    if broken:
-        table = Table("skipped", "count", "why", "the first", box=None, pad_edge=False)
-        for row in broken[:SHOWN]:
-            table.add_row(row.source, f"{row.times:,}", row.reason, row.example)
-        console.print(table)
-        if len(broken) > SHOWN:
-            console.print(f"... and {sum(row.times for row in broken[SHOWN:]):,} more in {len(broken) - SHOWN} rows")
+    for row in broken[:SHOWN]:
+        more = f" ({row.times - 1:,} more like it in this file)" if row.times > 1 else ""
+        console.print(f"skipped {row.times:,}: {row.example}{more}", markup=False, soft_wrap=True)
+    if len(broken) > SHOWN:
+        rest = broken[SHOWN:]
+        console.print(
+            f"... and {sum(row.times for row in rest):,} more, for {len(rest):,} other reasons or in other files"
+        )
     by_source: dict[str, list[str]] = {}
     for source, reason, count in skipped.left_out():
         by_source.setdefault(source, []).append(f"{count:,} {reason}")
     for source, reasons in list(by_source.items())[:SHOWN]:
-        console.print(f"left out of {source}: {', '.join(reasons)}", markup=False)
+        console.print(f"left out of {source}: {', '.join(reasons)}", markup=False, soft_wrap=True)
     if len(by_source) > SHOWN:
         console.print(f"... and something in {len(by_source) - SHOWN} more sources")
 

@@ -158,7 +158,8 @@ def prepare_chats(
             try:
                 rendered = render(tokenizer, messages, tools=getattr(messages, "tools", None))
             except MoaiError as error:
-                skipped.bad(place.rpartition(":")[0], place, "no conversation", f": {error}")
+                skipped.bad(place.rpartition(":")[0], place, "not a conversation", f": {error}")
+                read -= 1
                 continue
             if not any(rendered.learn):
                 dropped["nothing to learn by the chat template"] += 1

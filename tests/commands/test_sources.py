@@ -24,7 +24,15 @@ Moai = Callable[..., str]
 
 @pytest.fixture
 def prepare(tmp_path: Path, tokenizer: Tokenizer) -> tuple[object, ...]:
-    return ("data", "prepare", "--tokenizer", tokenizer.save(tmp_path / "tok"), "--out", tmp_path / "out", "--overwrite")
+    return (
+        "data",
+        "prepare",
+        "--tokenizer",
+        tokenizer.save(tmp_path / "tok"),
+        "--out",
+        tmp_path / "out",
+        "--overwrite",
+    )
 
 
 def stored(path: Path) -> list[str]:
@@ -40,13 +48,21 @@ def test_what_is_bad_is_an_error_or_shown(moai: Moai, fails: Moai, prepare: tupl
     (folder / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "two"}\n' * 9)[:-9])
     (folder / "c.png").write_bytes(b"x")
     (folder / "dead.txt").symlink_to("nowhere")
-    assert f"{folder}/dead.txt: cannot be read: No such file or directory (a link to nowhere)" in fails(*prepare, folder)
+    assert f"{folder}/dead.txt: cannot be read: No such file or directory (a link to nowhere)" in fails(
+        *prepare, folder
+    )
     (folder / "dead.txt").unlink()
     assert f"{folder}/a.jsonl:2: not JSON: " in fails(*prepare, folder)
     output = " ".join(moai(*prepare, folder, "--skip-bad").split())
     assert "read kept dropped skipped" in output and "11 10 1 empty 4" in output
-    assert "a.jsonl 2 no text column" in output and "a.jsonl:4: no text column" in output
-    assert "a.jsonl 1 not JSON" in output and "b.jsonl.gz 1 cannot be read" in output and "(after" in output
+    assert (
+        f"skipped 2: {folder}/a.jsonl:4: the text is int, not text" in output
+        and "(1 more like it in this file)" in output
+    )
+    assert f"skipped 1: {folder}/a.jsonl:2: not JSON" in output
+    assert (
+        f"skipped 1: {folder}/b.jsonl.gz: cannot be read: Compressed file ended" in output and "jsonl.gz:9)" in output
+    )
     assert f"left out of {folder}: 1 .png" in output
     assert stored(tmp_path / "out") == ["one", *["two"] * 9]
     (folder / "b.jsonl.gz").unlink()
@@ -59,16 +75,18 @@ def test_bad_conversations(moai: Moai, fails: Moai, prepare: tuple[object, ...],
     file = tmp_path / "chats.jsonl"
     lines = [
         {"frage": "q", "antwort": "a"}, {"frage": "q"}, {"frage": "q", "antwort": "b"},
-        {"messages": [{"role": "user", "content": "q"}, {"role": "nobody", "content": "x"}]}, {"messages": "text"},
+        {"messages": [{"role": "nobody", "content": "q"}, {"role": "assistant", "content": "a"}]}, {"messages": "text"},
     ]  # fmt: skip
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     german = ("--map", "question=frage", "--map", "answer=antwort")
     assert "chats.jsonl:1: not a conversation; it has frage, antwort" in fails(*prepare, file, "--chat")
     assert "chats.jsonl:2: no column 'antwort'; it has frage" in fails(*prepare, file, "--chat", *german)
     output = " ".join(moai(*prepare, file, "--chat", *german, "--skip-bad").split())
-    assert "2 2 0 3 " in output and "chats.jsonl 3 no column" not in output
+    assert "2 2 0 3 " in output and "skipped 2: " in output and "(1 more like it" in output
     file.write_text("".join(json.dumps(line) + "\n" for line in lines[3:]))
-    assert "chats.jsonl:2: not a conversation: " in fails(*prepare, file, "--chat") or True
+    assert "chats.jsonl:1: not a conversation: message 0 must have a role of " in fails(*prepare, file, "--chat")
+    message = fails(*prepare, file, "--chat", "--skip-bad")
+    assert "nothing could be read: 2 skipped; the first: " in message and "chats.jsonl:1: not a conversation" in message
     message = fails(*prepare, file, "--chat", "--map", "txt=frage")
     assert "no column 'txt' is known here" in message and "question, answer" in message
 
@@ -77,7 +95,7 @@ def test_both_parts_skip_the_same(moai: Moai, prepare: tuple[object, ...], tmp_p
     file = tmp_path / "a.jsonl"
     file.write_text("".join(f'{{"text": "document {i}"}}\n' + "{\n" * (i % 3) for i in range(20)))
     output = moai(*prepare, file, "--skip-bad", "--valid", tmp_path / "valid", "--valid-share", 0.25)
-    assert output.count("not JSON") == 4  # a row of the account for each part, with its example
+    assert output.count("skipped 19: ") == 2  # the account of each part
     train, valid = stored(tmp_path / "out"), stored(tmp_path / "valid")
     assert len(valid) == 5 and sorted(train + valid) == sorted(f"document {i}" for i in range(20))
 
@@ -106,7 +124,9 @@ def test_standard_input(
         (("--max-record", "20"), "a.jsonl:1: a line of more than 20 bytes; --max-record allows longer ones"),
     ],
 )
-def test_options(fails: Moai, prepare: tuple[object, ...], tmp_path: Path, options: tuple[str, ...], message: str) -> None:
+def test_options(
+    fails: Moai, prepare: tuple[object, ...], tmp_path: Path, options: tuple[str, ...], message: str
+) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one document"}\n')
     assert message in fails(*prepare, tmp_path / "a.jsonl", *options)
 
@@ -136,7 +156,7 @@ def test_the_tokenizer_commands_take_the_same(moai: Moai, fails: Moai, tmp_path:
     report = ("tokenizer", "report", tmp_path / "t", "--no-speed", "--text", f"en={file}", "--map", "text=body")
     assert "a.jsonl:51: not JSON" in fails(*report)
     assert "a.jsonl:51: not JSON" in moai(*report, "--skip-bad")
-    assert "nowhere.txt: no such file" in fails(*train[:3], "nowhere.txt", *train[3:])
+    assert "nowhere.txt: no such file" in fails(*train[:3], "nowhere.txt", *train[3:], "--overwrite")
 
 
 def shown(skipped: Skipped) -> str:
@@ -152,8 +172,11 @@ def test_the_account_is_short() -> None:
         skipped.bad(f"{i}.jsonl", f"{i}.jsonl:1", "not JSON", ": [red]x")
         skipped.leave_out(f"folder {i}", ".png", 1000)
     output = shown(skipped)
-    assert "and 20 more in 20 rows" in output and "and something in 20 more sources" in output
-    assert "[red]x" in output and "left out of folder 3: 1,000 .png" in output and len(output.splitlines()) == 23
+    assert (
+        "... and 20 more, for 20 other reasons or in other files" in output
+        and "and something in 20 more sources" in output
+    )
+    assert "[red]x" in output and "left out of folder 3: 1,000 .png" in output and len(output.splitlines()) == 22
 
 
 def test_progress_off_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,7 @@ def _load(dataset: DatasetName, reading: Reading) -> tuple[Any, str]:
     """(rows, name of the split)."""
     datasets = require("datasets", "data")
     logging.getLogger("datasets").setLevel(logging.ERROR)  # what it warns of comes again as an error, or is no matter
+    logging.getLogger("huggingface_hub").propagate = False  # it prints by itself that it tries again
     try:
         loaded = datasets.load_dataset(
             dataset.name,

@@ -98,8 +98,9 @@ def counted(file: BinaryIO, reading: Reading) -> BinaryIO:
 # ---------------------------------------------------------------- compression
 
 
-def _zstd(file: BinaryIO) -> BinaryIO:
-    return cast(BinaryIO, Chunks(_zstd_chunks(file)))
+def _as_it_comes(file: Any) -> BinaryIO:
+    """What can be unpacked before a file breaks off is read, too; a full buffer would be lost with the error."""
+    return cast(BinaryIO, Chunks(iter(lambda: file.read1(BLOCK), b"")))
 
 
 def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
@@ -125,10 +126,10 @@ def _zstd_chunks(file: BinaryIO) -> Iterator[bytes]:
 
 
 COMPRESSIONS: dict[str, Callable[[BinaryIO], BinaryIO]] = {
-    ".gz": lambda file: cast(BinaryIO, gzip.GzipFile(fileobj=file)),
-    ".zst": _zstd,
-    ".bz2": lambda file: cast(BinaryIO, bz2.BZ2File(file)),
-    ".xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),  # noqa: SIM115
+    ".gz": lambda file: _as_it_comes(gzip.GzipFile(fileobj=file)),
+    ".zst": lambda file: cast(BinaryIO, Chunks(_zstd_chunks(file))),
+    ".bz2": lambda file: _as_it_comes(bz2.BZ2File(file)),
+    ".xz": lambda file: _as_it_comes(lzma.LZMAFile(file)),  # noqa: SIM115
 }
 
 

@@ -182,7 +182,7 @@ BROKEN = [
     Case("nul.csv", CSV + b"2,a\0b\n3,good\n", ":3: NUL bytes", 2),
     Case("latin.csv", CSV + "2,café\n3,good\n".encode("latin-1"), r":3: not UTF-8 \(byte 5: 0xe9\)", 2),
     # compressed
-    Case("cut.jsonl.gz", gzip.compress(os.urandom(9).hex().encode().join([GOOD] * 900))[:-40], ": "),
+    Case("cut.jsonl.gz", gzip.compress(GOOD * 9)[:-4], ": cannot be read: Compressed file ended .*jsonl.gz:9", 9),
     Case(
         "cut.txt.zst",
         zstandard.compress(os.urandom(9000).hex().encode())[:-40],
