@@ -21,7 +21,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     train.add_argument("--column", help="column that holds the text; found by itself when it has a usual name")
     train.add_argument("--overwrite", "--force", action="store_true", help="replace a tokenizer that is there")
     show = verbs.add_parser("show", help="colour the tokens of a text")
-    show.add_argument("tokenizer", help="a tokenizer or model directory")
+    show.add_argument("tokenizer", help="a tokenizer or model directory, or o200k_base")
     show.add_argument("text", help="what to cut into tokens")
 
 
