@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import tests.conftest
+from moai_llm.tokenizer import Tokenizer, load_tokenizer
 
 FOLDERS = ("ko", "en", "ja", "zh", "finance", "sft", "eval")
 PER_FILE = 420
@@ -28,6 +29,12 @@ def real_documents() -> list[str]:
     documents = [text for file in files for text in islice(_paragraphs(file), PER_FILE)]
     assert len(documents) >= 10_000
     return documents
+
+
+@pytest.fixture(scope="session")
+def o200k() -> Tokenizer:
+    """o200k_base, where its file is there."""
+    return load_tokenizer(tests.conftest.shared_data("tokenizers/o200k_base.tiktoken"))
 
 
 def _paragraphs(file: Path) -> Iterator[str]:

@@ -269,37 +269,74 @@ def test_no_twin_of_other_kinds(tokenizer: Tokenizer, change: dict) -> None:
 
 # ------------------------------------------------------------------------------------- endless runs
 
-ENDLESS = {
-    "no space": "interest이자" * 70_000,
-    "one letter": "a" * 1_000_000,
-    "one capital": "A" * 1_000_000,
-    "one syllable": "가" * 350_000,
-    "marks": "\u0301" * 500_000,
-    "digits": "1" * 1_000_000,
-    "signs": "-" * 1_000_000,
-    "signs and line ends": "-" * 500_000 + "\n" * 500_000,
-    "emoji": "👩‍" * 150_000,
-    "spaces": " " * 1_000_000 + "x",
-    "spaces at the end": "x" + " " * 1_000_000,
-    "tabs": "\t" * 1_000_000 + "x",
-    "wide spaces": "\u3000" * 350_000 + "x",
-    "line ends": "\n" * 1_000_000,
-    "spaces and line ends": " \n" * 500_000 + "x",
-    "short runs": (" " * 500 + "x") * 2_000,
-    "runs below the limit": (" " * (2 * twin_module.SPACES - 2) + "x") * 3,
-}
+MILLION = 1_000_000
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ENDLESS)
-@pytest.mark.parametrize("style", ["ours", "gpt2_style", "llama3_style"])
-def test_endless_runs(tokenizer: Tokenizer, style: str, name: str) -> None:
-    """In time that grows with the length, with the ids of the definition."""
-    tokenizer = tokenizer if style == "ours" else Tokenizer(STYLES[style](tokenizer), {})
-    text = ENDLESS[name]
+def endless(n: int) -> dict[str, str]:
+    """Texts of about n bytes that a split finds no end in."""
+    return {
+        "no space": "interest이자" * (n // 14),
+        "one letter": "a" * n,
+        "one capital": "A" * n,
+        "one syllable": "가" * (n // 3),
+        "marks": "\u0301" * (n // 2),
+        "digits": "1" * n,
+        "signs": "-" * n,
+        "signs and line ends": "-" * (n // 2) + "\n" * (n // 2),
+        "emoji": "👩‍" * (n // 7),
+        "spaces": " " * n + "x",
+        "spaces at the end": "x" + " " * n,
+        "tabs": "\t" * n + "x",
+        "wide spaces": "\u3000" * (n // 3) + "x",
+        "line ends": "\n" * n,
+        "spaces and line ends": " \n" * (n // 2) + "x",
+        "short runs": (" " * 500 + "x") * (n // 500),
+    }
+
+
+def assert_endless(tokenizer: Tokenizer, text: str, seconds: float) -> None:
     tokenizer.encode("x")
     start = time.process_time()
     ids = tokenizer.encode(text)
-    assert time.process_time() - start < 20  # a second or less; quadratic would be hours
+    assert time.process_time() - start < seconds
     assert tokenizer.decode(ids) == text
     assert ids == tokenizer._plain.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("name", endless(0))
+def test_endless_runs(tokenizer: Tokenizer, name: str) -> None:
+    assert_endless(tokenizer, endless(30_000)[name], seconds=5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", endless(0))
+@pytest.mark.parametrize("style", ["ours", "gpt2_style", "llama3_style", "o200k"])
+def test_a_megabyte_without_end(tokenizer: Tokenizer, o200k: Tokenizer, style: str, name: str) -> None:
+    """In time that grows with the length (a second or less; quadratic would be hours), with the ids of the
+    definition.
+    """
+    if style in STYLES:
+        tokenizer = Tokenizer(STYLES[style](tokenizer), {})
+    assert_endless(o200k if style == "o200k" else tokenizer, endless(MILLION)[name], seconds=20)
+
+
+def test_spaces_around_the_limit_of_the_twin(tokenizer: Tokenizer) -> None:
+    """Up to nearly twice `SPACES` the twin takes them all; from there on it takes none."""
+    assert tokenizer._twin is not None
+    for count, taken in ((twin_module.SPACES - 1, True), (2 * twin_module.SPACES - 1, False)):
+        for text in (" " * count + "x", "x" + "\u3000" * count, "a b" * 7 + "\t" * count + "\n"):
+            assert (tokenizer._twin.encode(text) is not None) == taken
+            assert_endless(tokenizer, text, seconds=5)
+    longest = (
+        "x" + " " * (2 * twin_module.SPACES - 2)
+    ) * 2  # never a whole block of spaces from where one is looked for
+    assert_endless(tokenizer, longest, seconds=5)
+
+
+def test_every_space_of_the_engines_is_one_to_python() -> None:
+    spaces = tiktoken.Encoding(
+        "x", pat_str=r"\s", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
+    )
+    every = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
+    found = spaces.decode(spaces.encode_ordinary(every))
+    assert len(found) == 25 and found.isspace()
