@@ -289,7 +289,7 @@ def test_native_is_deterministic_and_leaves_the_threads_alone():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_native_runs_on_the_threads_of_torch():
-    """The team of a kernel comes from the runtime beside torch, also where another library has loaded one of its own."""
+    """The team of a kernel comes from the runtime beside torch, also where another library has its own."""
     force("native")
     with dispatch.use(selective_scan="native"):
         run(selective_scan, problem(2, 70, 100, 16))
