@@ -25,7 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{prepare,info,show}")
     prepare = verbs.add_parser("prepare", help="tokenise sources into a store")
     add_source_options(prepare)
-    prepare.add_argument("--tokenizer", required=True, help="a tokenizer or model directory")
+    prepare.add_argument("--tokenizer", required=True, help="a tokenizer or model directory, or o200k_base")
     prepare.add_argument("--out", required=True, help="the store to write")
     prepare.add_argument(
         "--chat", action="store_true", help="the records are conversations: learn what the assistant says"

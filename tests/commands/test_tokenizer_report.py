@@ -1,7 +1,5 @@
 """moai tokenizer report and show: what they take, what they print and write, and the message each mistake gets."""
 
-# ruff: noqa: F811 - the fixtures of test_cli are imported by name
-
 from __future__ import annotations
 
 import io
