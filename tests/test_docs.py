@@ -321,10 +321,15 @@ def test_the_table_of_losses() -> None:
 
 def test_what_can_be_read() -> None:
     from moai_llm.data.sft import SCHEMAS
-    from moai_llm.data.sources import SOURCES, TEXT_COLUMNS
+    from moai_llm.data.sources.columns import TEXT_COLUMNS
+    from moai_llm.data.sources.files import ARCHIVES, FORMATS, SHORT
+    from moai_llm.data.sources.git import KEYS
+    from moai_llm.data.sources.streams import COMPRESSIONS
 
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
-    assert not [name for name in (*SOURCES, *TEXT_COLUMNS) if f"`{name}`" not in text]
+    names = (*FORMATS, *ARCHIVES, *SHORT, *COMPRESSIONS, *TEXT_COLUMNS)
+    assert not [name for name in names if f"`{name}`" not in text]
+    assert not [key for key in KEYS if f"| `{key}=" not in text]
     for columns, _ in SCHEMAS.values():
         assert f"| {', '.join(f'`{column}`' for column in columns)} |" in text
 

@@ -31,10 +31,9 @@ from tests.conftest import ROOT
 PAGE = ROOT / "docs" / "migration.md"
 DOCUMENTS = ROOT.parent / "shared" / "documents"
 AREAS = {
-    "GPU kernels", "KV cache", "LoRA", "batch generation", "code models", "data mixing", "dataset sources",
+    "GPU kernels", "KV cache", "LoRA", "batch generation", "code models", "data mixing",
     "evaluation harness", "expert tools", "long context", "memory", "multi-GPU", "optimizers", "parallel preparation",
-    "planner", "profiling", "quantization", "representation learning", "serving", "tokenizer extension",
-    "tokenizer report", "tokenizer sampling",
+    "planner", "profiling", "quantization", "representation learning", "serving",
 }  # fmt: skip
 
 # document -> every flag, script, configuration key and imported name in it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moai_llm.commands.sources import ReadProgress, add_source_options, open_sources, show_skipped
 from moai_llm.recipe import DataConfig
-from moai_llm.runtime import make_console
+from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
     from moai_llm.data.code import CodeOptions
@@ -21,14 +23,13 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{prepare,info,show}")
-    prepare = verbs.add_parser("prepare", help="tokenise files into a store")
-    prepare.add_argument("sources", nargs="+", help="text, JSON lines, CSV or Parquet files, or folders of them")
-    prepare.add_argument("--tokenizer", required=True, help="a tokenizer or model directory")
+    prepare = verbs.add_parser("prepare", help="tokenise sources into a store")
+    add_source_options(prepare)
+    prepare.add_argument("--tokenizer", required=True, help="a tokenizer or model directory, or o200k_base")
     prepare.add_argument("--out", required=True, help="the store to write")
     prepare.add_argument(
         "--chat", action="store_true", help="the records are conversations: learn what the assistant says"
     )
-    prepare.add_argument("--column", help="column that holds the text; found by itself when it has a usual name")
     prepare.add_argument("--valid", help="a second store, for what is held out for evaluation")
     prepare.add_argument(
         "--valid-share", type=float, default=0.02, help="the share of the documents that --valid gets (default 0.02)"
@@ -64,28 +65,32 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from moai_llm.data.prepare import Part, prepare
+    from moai_llm.data.sft import COLUMNS
     from moai_llm.data.shards import Store, refuse_existing
     from moai_llm.tokenizer import load_tokenizer
 
     console, tokenizer, code = make_console(), load_tokenizer(arguments.tokenizer), _code_options(arguments)
+    sources, reading = open_sources(arguments, console, COLUMNS if arguments.chat else ("text",))
+    if arguments.valid and any(source.once for source in sources):
+        raise MoaiError("standard input can be read once, and --valid reads the sources twice: write it to a file")
     parts: list[tuple[Part | None, str]] = [(None, arguments.out)]
     if arguments.valid:
         parts = [("valid", arguments.valid), ("train", arguments.out)]
     for _, out in parts:
         refuse_existing(Path(out), arguments.overwrite)
     for part, out in parts:
-        with console.status("reading ...") as status:
+        with ReadProgress(console, sources) as shown:
             report = prepare(
-                arguments.sources,
+                sources,
                 tokenizer,
                 out,
                 kind="chat" if arguments.chat else "text",
-                column=arguments.column,
+                reading=replace(reading, progress=shown.read),
                 part=part,
                 valid_share=arguments.valid_share,
                 code=code,
                 overwrite=arguments.overwrite,
-                progress=lambda documents, tokens: status.update(f"{documents:,} documents, {tokens:,} tokens"),
+                progress=lambda documents, tokens: shown.update(f"{documents:,} documents, {tokens:,} tokens"),
             )
         if part:
             console.print(f"{part}: {out}")
@@ -99,7 +104,6 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 def _code_options(arguments: argparse.Namespace) -> CodeOptions | None:
     from moai_llm.data.code import CodeOptions
-    from moai_llm.runtime import MoaiError
     from moai_llm.tokenizer.fim import Fim
 
     fim = None if arguments.fim is None else Fim(arguments.fim, arguments.fim_order)
@@ -134,11 +138,14 @@ def _warn_of_long_conversations(console: Console, store: Store) -> None:
 def show_report(console: Console, report: Report) -> None:
     """What was read, kept and dropped."""
     manifest = report.manifest
-    table = Table("read", "kept", "dropped", "tokens", "bytes per token", box=None, pad_edge=False)
+    table = Table("read", "kept", "dropped", "skipped", "tokens", "bytes per token", box=None, pad_edge=False)
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items()) or "0"
     ratio = manifest.text_bytes / manifest.tokens
-    table.add_row(f"{report.read:,}", f"{manifest.documents:,}", dropped, f"{manifest.tokens:,}", f"{ratio:.2f}")
+    skipped = f"{report.skipped.bad_count:,}"
+    kept, tokens = f"{manifest.documents:,}", f"{manifest.tokens:,}"
+    table.add_row(f"{report.read:,}", kept, dropped, skipped, tokens, f"{ratio:.2f}")
     console.print(table)
+    show_skipped(console, report.skipped)
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -169,7 +176,6 @@ def _info(arguments: argparse.Namespace) -> None:
 
 def _show(arguments: argparse.Namespace) -> None:
     from moai_llm.data.loader import Loader
-    from moai_llm.runtime import MoaiError
 
     store = _open(arguments.store)
     loader, tokenizer = Loader(store, arguments.seq_len, seed=None), store.tokenizer()

@@ -7,6 +7,7 @@ import argparse
 from rich.table import Table
 
 from moai_llm.commands.generate import add_device
+from moai_llm.commands.sources import add_source_options, open_sources, show_skipped
 from moai_llm.runtime import make_console
 
 
@@ -14,15 +15,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="perplexity")
     perplexity = verbs.add_parser("perplexity", help="loss, perplexity and bits per byte, per file and in all")
     perplexity.add_argument("model", help="a model directory or a run")
-    perplexity.add_argument("sources", nargs="*", help="text, JSON lines, CSV or Parquet files, or folders of them")
+    add_source_options(perplexity, nargs="*")
     perplexity.add_argument("--text", help="a text to measure instead of files")
-    perplexity.add_argument("--column", help="column that holds the text")
     perplexity.add_argument("--window", type=int, help="tokens of context; default the model's")
     add_device(perplexity)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from moai_llm.data.sources import list_files, read_texts
+    from moai_llm.data.sources import Skipped, read_texts
     from moai_llm.evaluation.perplexity import Perplexity, evaluate_text
     from moai_llm.inference.generate import load_model
     from moai_llm.runtime import MoaiError
@@ -32,8 +32,11 @@ def run(arguments: argparse.Namespace) -> None:
     model = load_model(arguments.model, arguments.device, arguments.dtype)
     table = Table("text", "tokens", "bytes", "loss", "perplexity", "bits per byte", box=None, pad_edge=False)
     total = Perplexity(0.0, 0, 0)
+    console = make_console()
+    sources, reading = open_sources(arguments, console)
+    skipped = Skipped(reading.skip_bad)
     groups = {"--text": [(arguments.text, "")]} if arguments.text is not None else {
-        str(file): read_texts([file], arguments.column) for file in list_files(arguments.sources)
+        source.name: read_texts([source], reading=reading, skipped=skipped) for source in sources
     }  # fmt: skip
     for name, texts in groups.items():
         found = Perplexity(0.0, 0, 0)
@@ -47,7 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
         raise MoaiError("nothing to predict: no text has two tokens")
     if len(groups) > 1:
         table.add_row("all", *_cells(total))
-    make_console().print(table)
+    console.print(table)
+    show_skipped(console, skipped)
 
 
 def _cells(found):

@@ -33,9 +33,7 @@ SFT = (
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--text", nargs="+", metavar="PATH", help="your text: files or folders (txt, md, jsonl, csv, ...)"
-    )
+    parser.add_argument("--text", nargs="+", metavar="PATH", help="your text: files, folders, or other sources")
     parser.add_argument("--out", default="runs/quickstart", help="the folder to write (default runs/quickstart)")
     parser.add_argument("--vocab-size", type=int, default=4096, help="tokens of the tokenizer (default 4096)")
     parser.add_argument("--steps", type=int, default=200, help="pretraining steps (default 200)")
@@ -44,10 +42,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from moai_llm.data.sources import list_files
+    from moai_llm.data.sources import expand
 
     out, console, began = Path(arguments.out), make_console(), time.perf_counter()
-    list_files(arguments.text or [])  # a text that is not there is said before anything is deleted
+    # a text that is not there is said before anything is deleted
+    if any(source.once for source in expand(arguments.text or [])):
+        raise MoaiError("standard input can be read once, and quickstart reads its text three times: give it a file")
     _claim(out, arguments)
 
     def say(number: int, text: str) -> None:

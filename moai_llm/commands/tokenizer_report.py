@@ -10,9 +10,11 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moai_llm.commands.sources import add_reading_options, read_options, show_skipped
 from moai_llm.runtime import MoaiError, logger, make_console, write_atomically
 
 if TYPE_CHECKING:
+    from moai_llm.data.sources import Reading, Skipped
     from moai_llm.tokenizer import Tokenizer
 
 QUIET_SECONDS = 5.0  # between two lines of progress where there is no terminal
@@ -25,17 +27,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="text to measure on, again for each language or domain, such as ko=articles.jsonl; "
         "without it a small text in ko, en, ja and zh, with code, finance and emoji",
     )  # fmt: skip
-    parser.add_argument("--column", help="column that holds the text; found by itself when it has a usual name")
+    add_reading_options(parser)
     parser.add_argument(
-        "--parallel", metavar="LABEL,LABEL", help="labels whose texts are translations of each other: compare the first"
-    )
-    parser.add_argument("--limit-mb", type=float, help="read this many megabytes of each label and no more")
+        "--parallel", metavar="LABEL,LABEL",
+        help="texts that are translations of each other: compare the tokens of all with those of the first",
+    )  # fmt: skip
+    parser.add_argument("--limit-mb", metavar="N", type=float, help="read N megabytes of each label and no more")
     parser.add_argument("--no-speed", action="store_true", help="leave the speeds out: the same report each time")
     parser.add_argument("--json", metavar="FILE", help="write every number there")
     parser.add_argument("--html", metavar="FILE", help="write a page with plots there, one file that needs no other")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    from moai_llm.data.embedded import PARALLEL, sample_texts
+    from moai_llm.data.sources import Skipped
     from moai_llm.tokenizer.report import compare
     from moai_llm.tokenizer.report_table import print_report
 
@@ -48,13 +53,13 @@ def run(arguments: argparse.Namespace) -> None:
     tokenizers = open_all(list(chain.from_iterable(map(_inside, arguments.tokenizers))))
     parallel: Sequence[str]
     if arguments.text:
-        texts = _given_texts(arguments.text, arguments.column)
+        skipped = Skipped(arguments.skip_bad)
+        texts = _given_texts(arguments.text, read_options(arguments), skipped)
         parallel = _parallel(arguments.parallel, list(texts))
     else:
-        if arguments.column or arguments.parallel:
-            raise MoaiError("--column and --parallel speak of the texts of --text, and there are none")
-        from moai_llm.data.embedded import PARALLEL, sample_texts
-
+        if arguments.map or arguments.parallel:
+            raise MoaiError("--map and --parallel speak of the texts of --text, and there are none")
+        skipped = Skipped()
         texts, parallel = {label: iter(documents) for label, documents in sample_texts().items()}, PARALLEL
     if arguments.limit_mb:
         texts = {label: _first_bytes(documents, arguments.limit_mb * 1e6) for label, documents in texts.items()}
@@ -80,6 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
 
         _write(arguments.html, page(report))
     print_report(report, console)
+    show_skipped(console, skipped)
     for file in filter(None, (arguments.json, arguments.html)):
         console.print(f"written to {file}", markup=False)
 
@@ -134,7 +140,7 @@ def _inside(source: str) -> list[str]:
     return [str(p) for p in found] or [source]
 
 
-def _given_texts(given: Sequence[str], column: str | None) -> dict[str, Iterator[str]]:
+def _given_texts(given: Sequence[str], reading: Reading, skipped: Skipped) -> dict[str, Iterator[str]]:
     """Label -> documents of `--text` arguments. The beginning of each is read here, so that mistakes show at once."""
     from moai_llm.data.sources import read_texts
 
@@ -145,7 +151,7 @@ def _given_texts(given: Sequence[str], column: str | None) -> dict[str, Iterator
         paths.setdefault(label or next(unnamed), []).append(path)
     texts: dict[str, Iterator[str]] = {}
     for label, sources in paths.items():
-        documents = read_texts(sources, column)
+        documents = read_texts(sources, reading=reading, skipped=skipped)
         first = next(documents, None)
         if first is None:
             raise MoaiError(f"{', '.join(sources)}: there is no text in it")
@@ -155,7 +161,7 @@ def _given_texts(given: Sequence[str], column: str | None) -> dict[str, Iterator
 
 def _label_and_path(text: str) -> tuple[str, str]:
     label, equals, path = text.partition("=")
-    if not equals or Path(text).exists() or "/" in label or "\\" in label:
+    if not equals or Path(text).exists() or set("/\\?") & set(label):  # git:FOLDER?ext=py has no label
         return "", text
     if not label or not path:
         raise MoaiError(f"--text {text}: give LABEL=PATH, such as ko=articles.jsonl, or a path")

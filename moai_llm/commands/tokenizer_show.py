@@ -27,6 +27,7 @@ USAGE = "moai tokenizer show TOKENIZER TEXT, or --text TEXT behind several token
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
+    parser.usage = f"{parser.prog} [-h] TOKENIZER [TOKENIZER ...] {{TEXT | --text TEXT}} [--ids] [--special]"
     parser.add_argument(
         "words", nargs="+", metavar="TOKENIZER TEXT",
         help="a tokenizer or model directory, or several, and what to cut into tokens (- reads standard input)",
@@ -57,7 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
             width = console.width // len(tokenizers) - 2
             width = width if width >= NARROWEST else console.width
             body = _with_ids(pieces, width) if arguments.ids else _colored(pieces)
-            shown.append(Group(body, Text(header + counted, style="dim"), ""))
+            summary = Text(header + counted, style="dim")
+            shown.append(Group(summary, body, "") if header else Group(body, summary))
         else:
             lines = ["|".join(piece.text for piece in pieces)]
             lines += [" ".join(str(piece.id) for piece in pieces)] * arguments.ids
@@ -83,7 +85,7 @@ def _sources_and_text(words: Sequence[str], text: str | None) -> tuple[list[str]
     if text is None:
         *sources, text = words
         if not sources:
-            raise MoaiError(f"the {'text' if _is_tokenizer(text) else 'tokenizer'} is missing: {USAGE}")
+            raise MoaiError(f"{'the text' if _is_tokenizer(text) else 'the tokenizer or the text'} is missing: {USAGE}")
         if _is_tokenizer(text):
             raise MoaiError(f"{text} is a tokenizer, and the text is missing: {USAGE}")
     else:

@@ -14,9 +14,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moai_llm.commands.sources import add_reading_options, read_options, show_skipped
 from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
+    from moai_llm.data.sources import Skipped
     from moai_llm.tokenizer import Tokenizer
     from moai_llm.tokenizer.sample import Sample
 
@@ -39,6 +41,9 @@ def configure_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--algorithm", choices=("bpe", "unigram"), default="bpe", help="default bpe")
     parser.add_argument("--special-tokens", nargs="+", default=[], metavar="TOKEN", help="more control tokens")
+    parser.add_argument(
+        "--chat-template", default="chatml", metavar="TEMPLATE", help="chatml (default), llama3, gemma or a Jinja file"
+    )
     parser.add_argument(
         "--counts", metavar="FILE", help=f"learn from the {COUNTS} of an earlier training, not from sources"
     )
@@ -67,22 +72,25 @@ def _add_common(parser: argparse.ArgumentParser) -> Any:
         "--max-documents", type=int, metavar="N", help="read at most so many documents of each language"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
-    parser.add_argument("--column", help="column that holds the text; found by itself when it has a usual name")
+    add_reading_options(parser)
     parser.add_argument("--overwrite", "--force", action="store_true", help="replace a tokenizer that is there")
     return modes
 
 
 def train(arguments: argparse.Namespace) -> None:
+    from moai_llm.tokenizer.chat import set_template, template_tokens
+    from moai_llm.tokenizer.load import END_OF_TEXT, PAD
     from moai_llm.tokenizer.sample import BYTES_PER_TOKEN, sample_texts
     from moai_llm.tokenizer.stages import Stage, save_stages
-    from moai_llm.tokenizer.train import SPECIAL_TOKENS, check_vocab_size, train_tokenizer
+    from moai_llm.tokenizer.train import check_vocab_size, train_tokenizer
     from moai_llm.tokenizer.unigram import train_unigram
     from moai_llm.tokenizer.words import count_words, load_word_counts
 
     console = make_console()
     mode = _mode(arguments)
     engine, share = MODES[mode]
-    special = (*SPECIAL_TOKENS, *(token for token in arguments.special_tokens if token not in SPECIAL_TOKENS))
+    template, more = arguments.chat_template, arguments.special_tokens
+    special = tuple(dict.fromkeys((END_OF_TEXT, PAD, *more, *template_tokens(template))))
     check_vocab_size(arguments.vocab_size, special)
     _check(arguments)
     sample: Sample | None = None
@@ -100,12 +108,14 @@ def train(arguments: argparse.Namespace) -> None:
         )
         if mode == "ultrafast":
             console.print("--ultrafast learns from a fiftieth of the text and is for tests only: see the price below")
+        texts, skipped = _open(sources, arguments)
         with _reading(console) as progress:
             sample = sample_texts(
-                _open(sources, arguments),
+                texts,
                 budget, share=share, most_documents=arguments.max_documents, seed=arguments.seed, progress=progress,
             )  # fmt: skip
         _show_sample(console, sample)
+        show_skipped(console, skipped)
         words = count_words(sample)
     console.print(f"{len(words):,} distinct words")
     with _learning(console, f"learning {arguments.vocab_size:,} tokens", arguments.vocab_size) as learned:
@@ -115,6 +125,7 @@ def train(arguments: argparse.Namespace) -> None:
             tokenizer = train_tokenizer(sample, arguments.vocab_size, special_tokens=special, engine="tokenizers")
         else:
             tokenizer = train_tokenizer(words, arguments.vocab_size, special_tokens=special, progress=learned)
+    set_template(tokenizer, template)
     tokenizer.save(arguments.out)
     words.save(Path(arguments.out) / COUNTS)
     settings = {"algorithm": arguments.algorithm, "mode": mode, "seed": arguments.seed, "counts": arguments.counts}
@@ -145,14 +156,16 @@ def extend(arguments: argparse.Namespace) -> None:
     new = new_tokens(base, arguments.vocab_size)
     words = WordCounts()
     count = word_counter(base, words)
+    texts, skipped = _open(sources, arguments)
     with _reading(console) as progress:
         sample = sample_texts(
-            _open(sources, arguments), budget, share=share, most_documents=arguments.max_documents,
+            texts, budget, share=share, most_documents=arguments.max_documents,
             seed=arguments.seed, sink=None if budget else count, progress=progress,
         )  # fmt: skip
     for piece in sample:  # none where they were counted as they came
         count(piece)
     _show_sample(console, sample)
+    show_skipped(console, skipped)
     with _learning(console, f"learning {new:,} tokens beyond the {base.vocab_size:,} of the base", new) as learned:
         tokenizer = extend_tokenizer(base, words, arguments.vocab_size, progress=learned)
     tokenizer.save(arguments.out)
@@ -202,13 +215,17 @@ def by_language(sources: Sequence[str], languages: Sequence[str] | None) -> dict
     return found
 
 
-def _open(sources: Mapping[str, list[str]], arguments: argparse.Namespace) -> dict[str, Iterable[str]]:
-    from moai_llm.data.sources import read_texts
+def _open(sources: Mapping[str, list[str]], arguments: argparse.Namespace) -> tuple[dict[str, Iterable[str]], Skipped]:
+    """The texts of each label, and the account of what is not read. Every source is there before any is read."""
+    from moai_llm.data.sources import Skipped, Source, expand, read_texts
 
-    def texts(paths: list[str]) -> Iterator[str]:
-        return (text for text, _ in read_texts(paths, arguments.column))
+    reading, skipped = read_options(arguments), Skipped(arguments.skip_bad)
+    found = {label: expand(paths, skipped=skipped) for label, paths in sources.items()}
 
-    return {label: texts(paths) for label, paths in sources.items()}
+    def texts(sources: list[Source]) -> Iterator[str]:
+        return (text for text, _ in read_texts(sources, reading=reading, skipped=skipped))
+
+    return {label: texts(sources) for label, sources in found.items()}, skipped
 
 
 def _mode(arguments: argparse.Namespace) -> str:

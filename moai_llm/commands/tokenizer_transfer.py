@@ -23,7 +23,7 @@ OLD_IDS = ("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a model directory or a run; it is only read")
-    parser.add_argument("--tokenizer", required=True, help="the new tokenizer: a tokenizer or model directory")
+    parser.add_argument("--tokenizer", required=True, help="the new tokenizer: a directory, or a name like o200k_base")
     parser.add_argument("--out", help="model directory to write")
     parser.add_argument(
         "--init", default="mean", choices=INITS,

@@ -1,4 +1,4 @@
-"""Files to a token store: read, tokenise, write, count what was kept and what was not."""
+"""Sources to a token store: read, tokenise, write, count what was kept and what was not."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import Any, Literal, TypeVar
 from moai_llm.data.code import CodeOptions, encode_documents
 from moai_llm.data.sft import Messages, read_conversations
 from moai_llm.data.shards import Manifest, StoreWriter
-from moai_llm.data.sources import read_records, read_texts
+from moai_llm.data.sources import Reading, Skipped, Source, expand, read_records, read_texts
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.chat import render
 
-BATCH = 256  # documents tokenised at a time
+BATCH, BATCH_SIZE = 256, 16 << 20  # documents tokenised at a time, or characters: whichever is reached first
 Part = Literal["train", "valid"]
 Document = TypeVar("Document")
 Progress = Callable[[int, int], None]  # documents and tokens so far
@@ -25,31 +25,35 @@ Progress = Callable[[int, int], None]  # documents and tokens so far
 
 @dataclass
 class Report:
-    """What `prepare` did; `dropped` counts records by reason, `code` and `filled` count documents of the store."""
+    """What `prepare` did; `dropped` counts records by reason, `skipped` what could not be read, `code` and `filled`
+    documents of the store.
+    """
 
     manifest: Manifest
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    skipped: Skipped = field(default_factory=Skipped)
     code: int = 0  # in a language that is known
     filled: int = 0  # of them, rearranged to fill in the middle
 
 
 def prepare(
-    paths: Iterable[str | Path],
+    sources: Iterable[str | Path | Source],
     tokenizer: Tokenizer,
     out: str | Path,
     *,
     kind: Literal["text", "chat"] = "text",
-    column: str | None = None,
+    reading: Reading | None = None,
     part: Part | None = None,
     valid_share: float = 0.02,
     code: CodeOptions | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """Tokenise files into a store. Text documents end with the end-of-text token; conversations keep their mask.
+    """Tokenise sources into a store. Text documents end with the end-of-text token; conversations keep their mask.
 
     Args:
+        reading: how to read: the columns' names, whether what is broken is skipped, ...
         part: only the documents that are held out (`valid`) or only the others (`train`); all when None.
         valid_share: of the documents, which are held out.
         code: what to do with source code. What is held out is never rearranged: it measures plain text.
@@ -60,22 +64,26 @@ def prepare(
     """
     if code is not None and kind == "chat":
         raise MoaiError("fill-in-the-middle and chunks are for documents of source code, not for conversations")
-    if column and kind == "chat":
-        raise MoaiError(
-            "--column names the text of documents; the columns of conversations are known by their names: rename them"
-        )
     if not 0 < valid_share <= 0.5:
         raise MoaiError(f"the share to hold out must lie between 0 and 0.5, got {valid_share}")
-    files, every = [str(path) for path in paths], round(1 / valid_share)
+    reading, every = reading or Reading(), round(1 / valid_share)
+    skipped = Skipped(reading.skip_bad)
+    sources = expand(sources, skipped=skipped)
+    origins = list(dict.fromkeys(source.origin for source in sources))
     if kind == "text":
-        texts: Iterable[tuple[str, str]] = read_texts(files, column)
+        texts: Iterable[tuple[str, str]] = read_texts(sources, reading=reading, skipped=skipped)
         texts = texts if part is None else split_texts(texts, part, every)
         if code is not None and part == "valid":
             code = replace(code, fim=None)
-        return prepare_texts(texts, tokenizer, out, files, code=code, overwrite=overwrite, progress=progress)
-    conversations: Iterable[tuple[Messages, str]] = read_conversations(read_records(files))
+        return prepare_texts(
+            texts, tokenizer, out, origins, skipped=skipped, code=code, overwrite=overwrite, progress=progress
+        )
+    records = read_records(sources, reading, skipped=skipped)
+    conversations: Iterable[tuple[Messages, str]] = read_conversations(records, skipped)
     conversations = conversations if part is None else split(conversations, part, every)
-    return prepare_chats(conversations, tokenizer, out, files, overwrite=overwrite, progress=progress)
+    return prepare_chats(
+        conversations, tokenizer, out, origins, skipped=skipped, overwrite=overwrite, progress=progress
+    )
 
 
 def split(documents: Iterable[Document], part: Part, every: int) -> Iterator[Document]:
@@ -101,11 +109,13 @@ def prepare_texts(
     out: str | Path,
     sources: list[str],
     *,
+    skipped: Skipped | None = None,
     code: CodeOptions | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """A text store from (text, place) pairs."""
+    """A text store from (text, place) pairs; `skipped` is the account of whoever reads them."""
+    skipped = Skipped() if skipped is None else skipped
     code = code or CodeOptions()
     code.check(tokenizer)
     read, dropped, is_code, is_filled = 0, Counter[str](), 0, 0
@@ -120,7 +130,8 @@ def prepare_texts(
                 is_filled += document.is_filled
             if progress is not None:
                 progress(read, writer.tokens)
-        return Report(writer.close(sources), read, +dropped, is_code, is_filled)
+        _refuse_nothing(read, skipped)
+        return Report(writer.close(sources), read, +dropped, skipped, is_code, is_filled)
 
 
 def prepare_chats(
@@ -129,10 +140,14 @@ def prepare_chats(
     out: str | Path,
     sources: list[str],
     *,
+    skipped: Skipped | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """A chat store from (messages, place) pairs, by the tokenizer's chat template; messages may have `tools`."""
+    """A chat store from (messages, place) pairs, by the tokenizer's chat template; messages may have `tools`.
+    `skipped` is the account of whoever reads them, and of what cannot be rendered.
+    """
+    skipped = Skipped() if skipped is None else skipped
     read, dropped = 0, Counter[str]()
     with StoreWriter(out, tokenizer, "chat", overwrite=overwrite) as writer:
         for messages, place in conversations:
@@ -143,7 +158,9 @@ def prepare_chats(
             try:
                 rendered = render(tokenizer, messages, tools=getattr(messages, "tools", None))
             except MoaiError as error:
-                raise MoaiError(f"{place}: {error}") from None
+                skipped.bad(place.rpartition(":")[0], place, "not a conversation", f": {error}")
+                read -= 1
+                continue
             if not any(rendered.learn):
                 dropped["nothing to learn by the chat template"] += 1
                 continue
@@ -159,10 +176,24 @@ def prepare_chats(
                 else f"the chat template leaves nothing to learn in any of the {read} conversations: look at one with "
                 "`moai tokenizer template`"
             )
-        return Report(writer.close(sources), read, dropped)
+        _refuse_nothing(read, skipped)
+        return Report(writer.close(sources), read, dropped, skipped)
 
 
-def _batched(items: Iterable[Any]) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, BATCH)):
+def _refuse_nothing(read: int, skipped: Skipped) -> None:
+    if not read and skipped.bad_count:
+        first = skipped.broken()[0].example
+        raise MoaiError(f"nothing could be read: {skipped.bad_count:,} skipped; the first: {first}")
+
+
+def _batched(texts: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    batch: list[tuple[str, str]] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text[0])
+        if len(batch) == BATCH or size >= BATCH_SIZE:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch

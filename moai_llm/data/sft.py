@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from moai_llm.data.sources import Record
+from moai_llm.data.sources import Record, Skipped
 from moai_llm.runtime import MoaiError
 
 
@@ -20,25 +20,30 @@ SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistan
                   "tool": "tool", "function": "tool", "observation": "tool"}  # fmt: skip
 
 
-def read_conversations(records: Iterable[Record]) -> Iterator[tuple[Messages, str]]:
+def read_conversations(records: Iterable[Record], skipped: Skipped | None = None) -> Iterator[tuple[Messages, str]]:
     """(messages, place) of every record.
+
+    Args:
+        skipped: where to count records that are no conversations, if it allows them.
 
     Raises:
         MoaiError: a record of no known shape.
     """
+    skipped = Skipped() if skipped is None else skipped
     for record in records:
         name = detect_schema(record.columns)
         if name is None:
             have = ", ".join(map(str, record.columns))
             shapes = "; ".join("+".join(keys) for keys, _ in SCHEMAS.values())
-            raise MoaiError(f"{record.place}: not a conversation; it has {have}. Known shapes: {shapes}")
+            detail = f"; it has {have}. Known shapes: {shapes}"
+            skipped.bad(record.source, record.place, "not a conversation", detail)
+            continue
         try:
             messages = Messages(SCHEMAS[name][1](_spelt_as_here(record.columns)))
             messages.tools = _tools(record.columns.get("tools")) or None
-        except MoaiError as error:
-            raise MoaiError(f"{record.place}: {error}") from None
-        except (TypeError, AttributeError) as error:  # a list where a mapping should be
-            raise MoaiError(f"{record.place}: not a conversation: {error}") from None
+        except (MoaiError, TypeError, AttributeError) as error:  # a list where a mapping should be
+            skipped.bad(record.source, record.place, "not a conversation", f": {error}")
+            continue
         yield messages, record.place
 
 
@@ -135,3 +140,5 @@ SCHEMAS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any]], list[dic
         )
     },
 }  # fmt: skip
+# what --map can name in conversations
+COLUMNS = tuple(dict.fromkeys((*(key for keys, _ in SCHEMAS.values() for key in keys), "input", "system", "tools")))

@@ -4,7 +4,8 @@ Every objective here has, for one row with logits z, probabilities p = softmax(z
 
     dL/dz = a p - b onehot(y) - c        (a, b numbers of the row, c one number)
 
-so one pass over a chunk gives loss and gradient together, in place; the backward only scales what the forward kept.
+so one pass over a chunk gives loss and gradient together, in place; the backward only scales what the forward kept, in
+place too where nobody can ask for it again.
 
     cross-entropy    -log p_y                                              a = b = 1
     focal            (1 - p_y)^g (-log p_y)          arXiv 1708.02002      a = b = (1 - p_y)^g - g p_y (1 - p_y)^(g-1)
@@ -187,14 +188,37 @@ def _(hidden, weight, targets, objective, ignore_index, chunk_rows, grad_hidden,
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # else the gradients, as outputs that nobody uses, get gradients of zeros
     ctx.wants = inputs[6:8]
     ctx.save_for_backward(*output[1:])
 
 
 def _gradients(ctx, grad_sums, *_):
-    scale = grad_sums[0]
-    grads = [t * scale.to(t.dtype) if wanted else None for t, wanted in zip(ctx.saved_tensors, ctx.wants)]
+    if grad_sums is None:  # the gradients themselves are asked for theirs
+        raise RuntimeError("the loss from hidden states has no second derivatives")
+    grads = [_scaled(t, grad_sums[0]) if wanted else None for t, wanted in zip(ctx.saved_tensors, ctx.wants)]
     return (*grads, *[None] * 6)
+
+
+def _scaled(kept: Tensor, scale: Tensor) -> Tensor:
+    """A gradient that the forward kept, times `scale` (): in its own memory where nobody can ask for it again."""
+    scale = scale.to(kept.dtype)
+    if _is_last_backward(scale):
+        return kept.detach().mul_(scale)  # detached: as an output of the op it is a part of the graph
+    return kept * scale
+
+
+def _is_last_backward(gradient: Tensor) -> bool:
+    """Whether the backward that is running, with this incoming gradient, uses the graph up: it neither keeps it
+    (`retain_graph`, `create_graph`) nor is compiled, nor walks it for a batch of gradients at once.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.is_batchedtensor(gradient)
+        or torch._C._functorch.is_legacy_batchedtensor(gradient)
+        or torch.is_grad_enabled()
+        or torch._C._autograd._get_current_graph_task_keep_graph()
+    )
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -221,7 +245,7 @@ class _ChunkedFromLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_sums):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_sums[0].to(gradient.dtype), None, None, None, None
+        return _scaled(gradient, grad_sums[0]), None, None, None, None
 
 
 def chunked_cross_entropy(

@@ -32,16 +32,24 @@ BYTE_OF = _byte_alphabet()
 CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
 
 
+class _Unspelled(dict[int, int]):
+    def __missing__(self, character: int) -> int:
+        return 0xFFFF  # no byte
+
+
+_UNSPELLED = _Unspelled({ord(character): byte for character, byte in BYTE_OF.items()})
+
+
 def spell(token: bytes) -> str:
     """Bytes as byte-level BPE files write them."""
-    return "".join([CHARACTER_OF[byte] for byte in token])
+    return token.decode("latin-1").translate(CHARACTER_OF)
 
 
 def unspell(name: str) -> bytes | None:
     """The bytes of a token in a byte-level BPE file; None where it is not written in that alphabet."""
     try:
-        return bytes([BYTE_OF[character] for character in name])
-    except KeyError:
+        return name.translate(_UNSPELLED).encode("latin-1")
+    except UnicodeEncodeError:
         return None
 
 
@@ -100,12 +108,15 @@ def parse_bpe(spec: Mapping[str, Any]) -> ByteLevelBPE:
     assert pattern is not None  # else _other_kind has a word for it
     vocab: dict[str, int] = model["vocab"]
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    added = {token["content"] for token in spec["added_tokens"]} - {left + right for left, right in pairs}
+    merged = {name for left, right in pairs for name in (left, right, left + right)}
+    added = {token["content"] for token in spec["added_tokens"]} - merged - set(BYTE_OF)
     tokens = [b""] * (1 + max(vocab.values()))
     for name, i in vocab.items():
         if name not in added:
             tokens[i] = unspell(name) or b""
     merges = [(vocab[left], vocab[right]) for left, right in pairs]
+    if not all(tokens[vocab[name]] for name in merged):
+        raise MoaiError("this tokenizer lists merges of tokens that are not written as bytes: its file is damaged")
     return ByteLevelBPE(pattern, tokens, merges, spec.get("normalizer"), bool(model.get("ignore_merges")))
 
 

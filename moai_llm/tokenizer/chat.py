@@ -9,21 +9,15 @@ control token into a conversation. Any other Jinja template goes through `custom
 from __future__ import annotations
 
 import json
-import re
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Protocol
-from weakref import WeakKeyDictionary, proxy
+from typing import NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 from moai_llm.runtime import MoaiError, did_you_mean, write_atomically
 from moai_llm.tokenizer.load import Tokenizer
-from moai_llm.tokenizer.templates import CONTROL, TEMPLATES, Message, Template, Tool
-
-if TYPE_CHECKING:
-    from moai_llm.tokenizer.encoder import Encoder
+from moai_llm.tokenizer.templates import TEMPLATES, Message, Template, Tool
+from moai_llm.tokenizer.turns import TurnEncoder, added_ids, can_be_cut
 
 ROLES = ("system", "user", "assistant", "tool")
 CHATML_JINJA = TEMPLATES["chatml"].jinja
@@ -104,7 +98,7 @@ def set_template(tokenizer: Tokenizer, name_or_path: str | Path) -> None:
     Raises:
         MoaiError: no such template, or the tokenizer has not the control tokens it writes.
     """
-    missing = [token for token in template_tokens(name_or_path) if token not in _added(tokenizer)]
+    missing = [token for token in template_tokens(name_or_path) if token not in added_ids(tokenizer)]
     if missing:
         raise MoaiError(
             f"this tokenizer has no {', '.join(missing)}, which the chat template {name_or_path} writes: train one "
@@ -178,95 +172,6 @@ class _Bound(Protocol):
     ) -> tuple[list[int], list[bool]]: ...
 
 
-class _Opening(NamedTuple):
-    """How a role's turn begins: `ids` up to the last control token of the header, then the text `lead`."""
-
-    ids: list[int]
-    lead: str
-    lead_ids: list[int]
-
-
-class TurnEncoder:
-    """A template that we know, bound to a tokenizer.
-
-    Text between two control tokens is encoded as one, header and content together, so that ids are those of the whole
-    text, which is what transformers encodes.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, template: Template) -> None:
-        added = _added(tokenizer)
-        missing = [token for token in template.tokens if token not in added]
-        if missing:
-            raise MoaiError(
-                f"this tokenizer has no {', '.join(missing)}, so its chat template {template.name} cannot hold a "
-                "conversation; train one with `moai tokenizer train`"
-            )
-        self.name, self._template, self._added = template.name, template, added
-        self._tokenizer = proxy(tokenizer)  # what is bound to a tokenizer must not keep it alive
-        self.ends = [added[token] for token in (template.end, *template.other_ends) if token in added]
-        self._begin = [added[token] for token in CONTROL.findall(template.begin)]
-        self._end = [added[template.end]]
-        self._after = tokenizer.encode(template.after) if template.after else []
-        self._openings: dict[str, _Opening] = {}
-        # a control token that is not marked as special would also be found in text
-        self._text_has_none = all(token in tokenizer.special_ids for token in template.tokens)
-        self._control = {added[token] for token in template.tokens}
-
-    def render(
-        self, messages: Sequence[Message], tools: Sequence[Tool] | None, prompt: bool
-    ) -> tuple[list[int], list[bool]]:
-        encode = self._tokenizer.encode if self._text_has_none else self._encode
-        ids, learn = list(self._begin), [False] * len(self._begin)
-        for role, text, wanted in self._template.turns(messages, tools):
-            opening = self._openings.get(role) or self._opening(role)
-            run = encode(opening.lead + text)
-            ids += opening.ids
-            ids += run
-            ids += self._end
-            ids += self._after
-            if wanted:
-                said = self._said_from(run, opening, text)
-                learn += [False] * (len(opening.ids) + said)
-                learn += [True] * (len(run) - said + len(self._end))
-            learn += [False] * (len(ids) - len(learn))
-        if prompt:
-            opening = self._opening(self._template.names.get("assistant", "assistant"))
-            ids += opening.ids + opening.lead_ids
-            learn += [False] * (len(ids) - len(learn))
-        return ids, learn
-
-    def _opening(self, role: str) -> _Opening:
-        """The header of a role."""
-        *pieces, lead = re.split(f"({CONTROL.pattern})", self._template.header.format(role=role))
-        ids = [i for p in pieces if p for i in ([self._added[p]] if p in self._added else self._encode(p))]
-        self._openings[role] = _Opening(ids, lead, self._encode(lead))
-        return self._openings[role]
-
-    def _encode(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode(text)
-        if self._text_has_none or self._control.isdisjoint(ids):
-            return ids
-        return self._encoder.bare.encode(text, add_special_tokens=False).ids
-
-    def _said_from(self, run: list[int], opening: _Opening, text: str) -> int:
-        """The first token of a run that holds something of the text."""
-        header = len(opening.lead_ids)
-        if run[:header] == opening.lead_ids:
-            return header
-        # a text that begins with a line end may share a token with the header's: learned, as transformers does
-        ends = list(accumulate(len(self._tokenizer.token_bytes(i)) for i in run))
-        if ends[-1] == len((opening.lead + text).encode("utf-8", "replace")):
-            return bisect_right(ends, len(opening.lead.encode()))
-        places = self._encoder.plain.encode(opening.lead + text, add_special_tokens=False).offsets
-        return next((i for i, (_, end) in enumerate(places) if end > len(opening.lead)), len(run))
-
-    @cached_property
-    def _encoder(self) -> Encoder:
-        from moai_llm.tokenizer.encoder import Encoder
-
-        return Encoder(self._tokenizer.backend)
-
-
 # tokenizer -> (the template text it had, the template bound to it)
 _BOUND: WeakKeyDictionary[Tokenizer, tuple[str | None, _Bound]] = WeakKeyDictionary()
 
@@ -289,20 +194,24 @@ def _bind(tokenizer: Tokenizer) -> _Bound:
                 f"this tokenizer has neither a chat template nor the control tokens of one ({some} for chatml), so it "
                 "cannot hold a conversation; train one with `moai tokenizer train`"
             )
-        return TurnEncoder(tokenizer, template)
-    for template in TEMPLATES.values():
-        if source.strip() == template.jinja.strip():
+    else:
+        template = next((known for known in TEMPLATES.values() if source.strip() == known.jinja.strip()), None)
+    if template is not None:
+        missing = [token for token in template.tokens if token not in added_ids(tokenizer)]
+        if missing:
+            raise MoaiError(
+                f"this tokenizer has no {', '.join(missing)}, so its chat template {template.name} cannot hold a "
+                "conversation; train one with `moai tokenizer train`"
+            )
+        if can_be_cut(tokenizer, template):
             return TurnEncoder(tokenizer, template)
+        source = template.jinja
     from moai_llm.tokenizer.custom import CustomTemplate
 
-    return CustomTemplate(tokenizer.backend, tokenizer.roles, source)
+    return CustomTemplate(tokenizer.backend, tokenizer.roles, source or "", template.name if template else "custom")
 
 
 def _by_tokens(tokenizer: Tokenizer) -> Template | None:
     """The template whose control tokens a tokenizer without a template has."""
-    added = _added(tokenizer)
+    added = added_ids(tokenizer)
     return next((t for t in TEMPLATES.values() if all(token in added for token in t.tokens)), None)
-
-
-def _added(tokenizer: Tokenizer) -> dict[str, int]:
-    return {token.content: i for i, token in tokenizer.backend.get_added_tokens_decoder().items()}

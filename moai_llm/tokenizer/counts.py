@@ -52,7 +52,7 @@ class Text:
             self.words += sum(1 for _ in WORD.finditer(document))
             self.unspaced_words += sum(1 for _ in UNSPACED.finditer(document))
             if len(self.excerpt) < EXCERPT // 2:
-                self.excerpt = _excerpt(f"{self.excerpt}\n{document}")
+                self.excerpt = _excerpt(f"{self.excerpt}\n{document[: 4 * EXCERPT]}")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import tokenizers
 
 from moai_llm.runtime import MoaiError, logger
 from moai_llm.tokenizer.encoder import Content, Encoder, Span, covered
-from moai_llm.tokenizer.jinja import JinjaTemplate, free_characters
+from moai_llm.tokenizer.jinja import JinjaTemplate, free_characters, plain
 
 # What looks like a control token in a template; a tokenizer decides whether it is one
 LOOKS_LIKE_CONTROL = re.compile(r"<[|｜][^|｜<>\s]+[|｜]>|<(?:start|end)_of_\w+>|</?s>|<[be]os>")
@@ -43,16 +43,18 @@ class CustomTemplate:
         roles: the tokenizer's `bos_token` and so on, which templates name.
     """
 
-    name = "custom"
-
-    def __init__(self, backend: tokenizers.Tokenizer, roles: Mapping[str, str], source: str) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, roles: Mapping[str, str], source: str, name: str = "custom"
+    ) -> None:
+        self.name = name
         self.template, self._warned = JinjaTemplate(source, roles), False
         self.encoder = Encoder(backend, "\0".join(self.template.literals))
 
     def render(self, messages: Sequence[Mapping[str, Any]], tools: Any, prompt: bool) -> tuple[list[int], list[bool]]:
         """(ids, learn) of a conversation. A prompt by a template without `{% generation %}` has nothing to learn."""
         self.template.now = datetime.now()
-        messages = [{key: value for key, value in m.items() if value is not None} for m in messages]
+        messages = [{key: plain(value) for key, value in m.items() if value is not None} for m in messages]
+        tools = plain(tools)
         text = self.template.text(messages, tools, prompt)
         ids, places = self.encoder.encode(text, self._contents(messages, tools, prompt, text))
         return ids, covered(places, self._spans(messages, tools, prompt, text))

@@ -159,6 +159,11 @@ class Encoder:
         return _any_of(self._names)
 
 
+def valid(text: str) -> str:
+    """A text without lone surrogates, which become U+FFFD as in `Tokenizer.encode`."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
 def covered(places: Iterable[Span], spans: Sequence[Span]) -> list[bool]:
     """For each token, in order, whether it holds a character of a span; spans are in order and apart."""
     learn, k = [], 0

@@ -19,7 +19,7 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from moai_llm.runtime import MoaiError
-from moai_llm.tokenizer.encoder import Span
+from moai_llm.tokenizer.encoder import Span, valid
 
 MARKS = "moai_marks"  # a variable of the template
 PRIVATE = range(0xF0000, 0xFFFFE)  # Unicode's private plane 15: characters that stand for nothing
@@ -97,7 +97,7 @@ class JinjaTemplate:
             MoaiError: the template refuses the conversation, fails on it, or does what a template may not do.
         """
         try:
-            given = {"messages": _plain(messages), "tools": _plain(tools), "add_generation_prompt": prompt}
+            given = {"messages": plain(messages), "tools": plain(tools), "add_generation_prompt": prompt}
             return self._compiled.render({**self.names, **given, MARKS: marks})
         except jinja2.exceptions.SecurityError as error:
             raise MoaiError(f"the chat template does what a template may not do: {error}") from None
@@ -178,16 +178,20 @@ def free_characters(texts: Iterable[str], count: int) -> list[str]:
     return [next(free) for _ in range(count)]
 
 
-def _plain(value: Any) -> Any:
-    """A copy in JSON's types: what a template may see."""
+def plain(value: Any) -> Any:
+    """A copy in JSON's types, its strings valid Unicode: what a template may see.
+
+    Raises:
+        MoaiError: something that is not JSON.
+    """
     if value is None or isinstance(value, (bool, int, float)):
         return value
     if isinstance(value, str):
-        return str(value)
+        return valid(value)
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, Sequence):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     raise MoaiError(f"a conversation holds text, numbers, lists and mappings, not {type(value).__name__}")
 
 

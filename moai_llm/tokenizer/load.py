@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,12 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from moai_llm.runtime import MoaiError
-from moai_llm.tokenizer.byte_level import BYTE_OF
-from moai_llm.tokenizer.split import GPT2_SPLIT
+from moai_llm.runtime import MoaiError, did_you_mean
+from moai_llm.tokenizer.definition import bytes_reader, clean, encode_all, plain_backend
 
 PAD, END_OF_TEXT, TURN_START, TURN_END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 PADDED_TO = 128  # models round the vocabulary up to this, with rows that no token uses
+WORTH_THREADS = 1 << 18  # characters of a batch from which on threads gain more than they cost
 
 
 class Tokenizer:
@@ -31,20 +33,35 @@ class Tokenizer:
         backend: a `tokenizers.Tokenizer`.
         roles: names of the special tokens: `pad_token`, `eos_token`, `bos_token`.
         chat_template: Jinja source kept for transformers; rendering here goes through tokenizer/chat.py.
+
+    Attributes:
+        vocab_size: the largest id plus one. Where a vocabulary has holes, as o200k_base has, there are fewer tokens.
+        special_ids: the id of each control token.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, roles: dict[str, str], chat_template: str | None = None) -> None:
         self.backend, self.roles, self.chat_template = backend, roles, chat_template
-        self.vocab_size: int = backend.get_vocab_size(with_added_tokens=True)
-        added = backend.get_added_tokens_decoder()
-        self.special_ids: dict[str, int] = {token.content: i for i, token in added.items() if token.special}
-        self._plain = tokenizers.Tokenizer.from_str(backend.to_str())
-        self._plain.encode_special_tokens = True  # text that looks like a control token stays text
+        self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
+        self._added = {i: token.content for i, token in sorted(backend.get_added_tokens_decoder().items())}
+        special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.special_ids: dict[str, int] = {content: i for i, content in self._added.items() if i in special}
+
+    def __len__(self) -> int:
+        return self.vocab_size
+
+    def __repr__(self) -> str:
+        kind = type(self.backend.model).__name__
+        return f"Tokenizer({kind}, {self.vocab_size:,} ids, special tokens: {' '.join(self.special_ids) or 'none'})"
 
     @property
     def padded_vocab_size(self) -> int:
         """The vocabulary of a model for this tokenizer: rounded up to a multiple of 128."""
         return -(-self.vocab_size // PADDED_TO) * PADDED_TO
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """Names of the control tokens, by id."""
+        return list(self.special_ids)
 
     @property
     def eos_id(self) -> int:
@@ -78,26 +95,59 @@ class Tokenizer:
         return hashlib.sha256(json.dumps(json.loads(self.backend.to_str()), sort_keys=True).encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text. A lone surrogate is encoded as U+FFFD."""
-        if self._twin is None:
-            return self._plain.encode(_clean(text), add_special_tokens=False).ids
-        return self._twin.encode_ordinary(text)
+        """Ids of ordinary text. A lone surrogate is encoded as U+FFFD.
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        Raises:
+            MoaiError: one run of ten million spaces; some tokenizers also refuse such a run of letters.
+        """
+        if self._twin is not None:
+            try:
+                ids = self._twin.encode(text)
+            except UnicodeEncodeError:
+                text = clean(text)
+                ids = self._twin.encode(text)
+            if ids is not None:
+                return ids
+        return encode_all(self._plain, [text])[0]
+
+    def encode_batch(self, texts: Iterable[str], *, threads: int | None = None) -> list[list[int]]:
+        """`encode` of each text.
+
+        Args:
+            threads: at most so many, one for each processor by default. A small batch uses one. Tokenizers without a
+                twin choose for themselves.
+        """
+        texts = list(texts)
         if self._twin is None:
-            encoded = self._plain.encode_batch([_clean(text) for text in texts], add_special_tokens=False)
-            return [e.ids for e in encoded]
-        return [self._twin.encode_ordinary(text) for text in texts]
+            return encode_all(self._plain, texts)
+        threads = threads or _processors()
+        if threads == 1 or sum(map(len, texts)) < WORTH_THREADS:
+            return [self.encode(text) for text in texts]
+        step = -(-len(texts) // (4 * threads))  # a few chunks each, so that one long text does not keep all waiting
+        with ThreadPoolExecutor(threads) as pool:
+            chunks = pool.map(
+                lambda start: [self.encode(text) for text in texts[start : start + step]], range(0, len(texts), step)
+            )
+            return [ids for chunk in chunks for ids in chunk]
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """Text of ids; bytes that are not UTF-8 become U+FFFD. Ids outside the vocabulary (padding rows) give
+        """Text of ids; bytes that are not UTF-8 become U+FFFD. Ids that stand for nothing (padding rows, holes) give
         nothing.
         """
         kept = [int(i) for i in ids if 0 <= i < self.vocab_size]
-        return self.backend.decode(kept, skip_special_tokens=skip_special)
+        if not self._is_byte_level:
+            return self.backend.decode(kept, skip_special_tokens=skip_special)
+        names = {} if skip_special else {i: name.encode() for name, i in self.special_ids.items()}
+        return b"".join([self._bytes_of[i] or names.get(i, b"") for i in kept]).decode("utf-8", "replace")
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a control token by its name, else of the token that stands for this text; None if there is none."""
+        if token in self.special_ids:
+            return self.special_ids[token]
+        return self._id_of_bytes.get(token.encode("utf-8", "replace"))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one ordinary token; b"" for special tokens and padding rows."""
+        """The bytes of one ordinary token; b"" for special tokens, holes and padding rows."""
         return self._bytes_of[token_id] if token_id < len(self._bytes_of) else b""
 
     def byte_lengths(self) -> np.ndarray:
@@ -108,24 +158,35 @@ class Tokenizer:
 
     @cached_property
     def _bytes_of(self) -> list[bytes]:
+        read = bytes_reader(json.loads(self.backend.to_str()))
         table = [b""] * self.vocab_size
-        special = set(self.special_ids.values())
-        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
-            if i not in special:
-                known = all(c in BYTE_OF for c in token)
-                table[i] = bytes(BYTE_OF[c] for c in token) if known else token.encode("utf-8", "replace")
+        for i, content in self._added.items():  # as it is, not in the spelling of the vocabulary
+            table[i] = content.encode()
+        for token, i in self.backend.get_vocab(with_added_tokens=False).items():
+            table[i] = read(token)
+        for i in self.special_ids.values():
+            table[i] = b""
         return table
 
     @cached_property
-    def _twin(self) -> Any:
-        """tiktoken over the same merges, several times faster; None where ids are not in merge order."""
-        ranks = merge_ranks(json.loads(self.backend.to_str()))
-        if ranks is None:
-            return None
-        import tiktoken
+    def _id_of_bytes(self) -> dict[bytes, int]:
+        return {token: i for i, token in reversed(list(enumerate(self._bytes_of))) if token}
 
-        pattern, mergeable = ranks
-        return tiktoken.Encoding("moai", pat_str=pattern, mergeable_ranks=mergeable, special_tokens={})
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        return type(self.backend.decoder).__name__ == "ByteLevel"
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """What defines the ids; slower than the twin."""
+        return plain_backend(self.backend)
+
+    @cached_property
+    def _twin(self) -> Any:
+        """tiktoken over the same merges; None where there is no certain one."""
+        from moai_llm.tokenizer.twin import make_twin
+
+        return make_twin(self.backend)
 
     def save(self, directory: str | Path) -> Path:
         """Write the files transformers reads: tokenizer.json, tokenizer_config.json, chat_template.jinja."""
@@ -139,59 +200,33 @@ class Tokenizer:
         return path
 
 
-def _clean(text: str) -> str:
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-def merge_ranks(spec: dict[str, Any]) -> tuple[str, dict[bytes, int]] | None:
-    """(split pattern, bytes -> rank) of a byte-level BPE whose ids are in merge order, else None."""
-    model = spec["model"]
-    pattern = _split_pattern(spec.get("pre_tokenizer"))
-    if model.get("type") != "BPE" or pattern is None or spec.get("normalizer") is not None:
-        return None
-    if model.get("ignore_merges") or model.get("byte_fallback"):
-        return None
-    vocab: dict[str, int] = model["vocab"]
-    if not all(c in BYTE_OF for token in vocab for c in token):
-        return None
-    ranks = {bytes(BYTE_OF[c] for c in token): i for token, i in vocab.items()}
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    made = [vocab.get(a + b, -1) for a, b in merges]
-    singles = [ranks[bytes([b])] for b in range(256) if bytes([b]) in ranks]
-    in_order = all(x < y for x, y in zip(made, made[1:])) and len(singles) == 256
-    complete = len(ranks) == 256 + len(made) and (not made or max(singles) < made[0])
-    return (pattern, ranks) if in_order and complete else None
-
-
-def _split_pattern(pre: dict[str, Any] | None) -> str | None:
-    steps = [] if pre is None else pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    kinds = [step["type"] for step in steps]
-    if kinds == ["Split", "ByteLevel"] and steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
-        plain = not steps[1]["use_regex"] and not steps[1]["add_prefix_space"]
-        return steps[0]["pattern"].get("Regex") if plain else None
-    if kinds == ["ByteLevel"] and steps[0]["use_regex"] and not steps[0]["add_prefix_space"]:
-        return GPT2_SPLIT
-    return None
+def _processors() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer of a directory (a tokenizer's or a model's) or of a tokenizer.json.
+    """The tokenizer of a directory (a tokenizer's or a model's), of a tokenizer.json, of a published `.tiktoken` file,
+    or one of the encodings known by name: o200k_base, cl100k_base, r50k_base, gpt2.
 
     Raises:
         MoaiError: there is none, or it cannot be read.
     """
-    path = Path(path)
+    from moai_llm.tokenizer.names import ENCODINGS, load_file, load_named
+
+    name, path = str(path), Path(path)
+    if name in ENCODINGS and not path.exists():
+        return _from_encoding(load_named(name))
+    if path.suffix == ".tiktoken":
+        return _from_encoding(load_file(path))
     file = path if path.is_file() else path / "tokenizer.json"
     if not file.is_file():
-        raise MoaiError(f"{path}: no tokenizer.json there; train one with `moai tokenizer train`")
+        hint = did_you_mean(name, ENCODINGS) if not path.exists() else ""
+        raise MoaiError(f"{path}: no tokenizer.json there{hint}; train one with `moai tokenizer train`")
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
         raise MoaiError(f"{file} is not a readable tokenizer: {error}") from None
-    config: dict[str, Any] = {}
-    config_file = file.with_name("tokenizer_config.json")
-    if config_file.is_file():
-        config = json.loads(config_file.read_text(encoding="utf-8"))
+    config = _read_config(file.with_name("tokenizer_config.json"))
     roles = {}
     for role in ("pad_token", "eos_token", "bos_token"):
         value = config.get(role)
@@ -199,4 +234,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             roles[role] = value["content"] if isinstance(value, dict) else value
     template_file = file.with_name("chat_template.jinja")
     template = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
+    if isinstance(template, list):  # several by name, as older files have them
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
     return Tokenizer(backend, roles, template)
+
+
+def _from_encoding(backend: tokenizers.Tokenizer) -> Tokenizer:
+    from moai_llm.tokenizer.chat import CHATML_JINJA
+
+    return Tokenizer(backend, {"eos_token": END_OF_TEXT, "bos_token": END_OF_TEXT, "pad_token": PAD}, CHATML_JINJA)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise MoaiError(f"{file} is not readable JSON: {error}") from None

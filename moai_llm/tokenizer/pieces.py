@@ -1,6 +1,6 @@
 """What a token stands for, and how to show it to a person.
 
-Whole characters are shown as they are, bytes cut out of a character as ⟨e3⟩, white space as · → ⏎. Knows how other
+Whole characters are shown as they are, bytes cut out of a character as ⟨e3⟩, white space as · ⇥ ⏎. Knows how other
 kinds of tokenizer spell their vocabulary: WordPiece's `##`, SentencePiece's `▁` and `<0xE3>`, `</w>` of older BPE.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 from moai_llm.tokenizer.load import Tokenizer
 
-WHITESPACE = {" ": "·", "\n": "⏎", "\t": "→", "\r": "␍"}
+WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 JOINERS = "\u200c\u200d"  # they hold the parts of an emoji or of a word together
 HIDDEN = ("Cc", "Cf", "Cn", "Co", "Zl", "Zp", "Zs")  # categories of characters that draw nothing of their own
 BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")

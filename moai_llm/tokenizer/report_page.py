@@ -14,7 +14,7 @@ from moai_llm.tokenizer.counts import Row
 from moai_llm.tokenizer.pieces import Piece, shortened
 from moai_llm.tokenizer.report import Entry, Report, decimal, percent
 from moai_llm.tokenizer.report_plots import Bar, Line, bars, color, histogram, lines, round_up
-from moai_llm.tokenizer.report_table import NOTES, Sheet, sheets
+from moai_llm.tokenizer.report_table import NOTES, Sheet, amount, sheets
 
 STYLE = Path(__file__).with_name("report.css")
 ALL_BACK = '<b class="good">all</b>'
@@ -48,7 +48,7 @@ def _head(report: Report) -> Iterator[str]:
     count = len(report.entries)
     yield f"<h1>{'Tokenizer report' if count == 1 else f'{count} tokenizers side by side'}</h1>"
     labels = ", ".join(escape(text.label) for text in report.texts)
-    yield f'<p class="soft">Measured on {documents:,} documents, {_size(size)} of text: {labels}.</p>'
+    yield f'<p class="soft">Measured on {amount(documents, size)} of text: {labels}.</p>'
     yield '<div class="grid">'
     for i, entry in enumerate(report.entries):
         total = entry.total
@@ -95,17 +95,17 @@ def _lengths(report: Report) -> Iterator[str]:
 
 
 def _fertility(report: Report) -> Iterator[str]:
-    yield "<h2>Tokens per word</h2>"
-    yield "<p>Into how many tokens a word falls, also called fertility. Lower is better.</p>"
     spaced = [i for i, text in enumerate(report.texts) if not text.unspaced]
     others = [i for i, text in enumerate(report.texts) if text.unspaced]
-    for group, unit in ((spaced, "tokens per word"), (others, "tokens per character")):
-        if group is others and others:
-            yield "<h2>Tokens per character</h2>"
-            yield (
-                "<p>For text that is mostly written without spaces. What a word is there needs a dictionary, so tokens "
-                "are counted against characters. Lower is better.</p>"
-            )
+    for group, unit, what in (
+        (spaced, "tokens per word", "Into how many tokens a word falls, also called fertility."),
+        (others, "tokens per character", "For text that is mostly written without spaces. What a word is there needs a "
+         "dictionary, so tokens are counted against characters."),
+    ):  # fmt: skip
+        if not group:
+            continue
+        yield f"<h2>{unit.capitalize()}</h2>"
+        yield f"<p>{what} Lower is better.</p>"
         attribute = unit.replace(" ", "_")
         values = {i: [getattr(entry.rows[i], attribute) for entry in report.entries] for i in group}
         largest = max((value for of_label in values.values() for value in of_label if value == value), default=0.0)
@@ -257,7 +257,3 @@ def _framed(caption: str, head: str, body: str) -> str:
         f'<div class="scroll" role="region" aria-label="{name}" tabindex="0"><table><caption>{name}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e6 else f"{count / 1e3:,.1f} kB"

@@ -11,7 +11,7 @@ from html import escape
 from typing import NamedTuple
 
 COLORS = 8  # classes of the page; the next tokenizers begin again, with dashed lines
-WIDTH, HEIGHT = 420, 250  # of a plot of lines, in units of its own
+WIDTH, HEIGHT = 330, 215  # of a plot of lines, in units of its own
 LEFT, RIGHT, TOP, BOTTOM = 46, 22, 12, 38  # margins of it
 PANEL = 270  # width of a panel of bars or of a histogram; it stays readable where four stand side by side
 NAME, NUMBER = 98, 40  # room for the name before a bar and the number behind it

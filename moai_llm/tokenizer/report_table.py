@@ -33,7 +33,7 @@ NOTES = {
     "single": "single bytes: tokens that are one byte of a longer character, where the vocabulary has no piece for the "
     "text.",
     "unused": "unused: share of the vocabulary that is in none of the texts; it falls as there is more text.",
-    "unreachable": "unreachable: tokens whose own text is cut into other tokens, so that no text gives them; – where "
+    "unreachable": "unreachable: ids that their own text does not give, alone or beside another character; – where "
     "tokens are not plain bytes of the text.",
     "speed": "Encoding alone, megabytes of text a second: of CPU time over all threads, and on the clock.",
     "rough": "Measured on less than a megabyte of text, so take the speeds as rough.",
@@ -153,7 +153,7 @@ def _best(column: Sequence[Cell], better: Better) -> set[int]:
 
 def print_report(report: Report, console: Console) -> None:
     """The tables in the terminal, each with the notes that belong to it, and what did not come back."""
-    lines = [f"{text.label} {text.documents:,} documents, {text.bytes / 1e3:,.1f} kB" for text in report.texts]
+    lines = [f"{text.label} {amount(text.documents, text.bytes)}" for text in report.texts]
     console.print(escape(f"Measured on {'; '.join(lines)}."), end="\n\n")
     any_best = any_lossy = False
     for sheet in sheets(report):
@@ -183,3 +183,10 @@ def _drawn(cell: Cell) -> str:
     style = "bold green" if cell.best else "yellow" if cell.lossy else ""
     text = escape(cell.text) + mark
     return f"[{style}]{text}[/]" if style else text
+
+
+def amount(documents: int, size: int) -> str:
+    """How much text, in words."""
+    scale, unit = next((s, u) for s, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if size >= s or s == 1)
+    number = f"{size / scale:,.1f}" if scale > 1 else str(size)
+    return f"{documents:,} document{'s' * (documents != 1)}, {number} {unit}"

@@ -55,26 +55,20 @@ def expansions(old: Tokenizer, new: Tokenizer) -> Expansions:
 def vocabulary_rows(old: Tokenizer, new: Tokenizer, old_size: int) -> list[tuple[int, ...]]:
     """`expansions` as one tuple for each row of a model of the new tokenizer, padding rows included.
 
-    New padding rows, which no token uses, take over the old model's padding rows, in turn: the old model has learned
-    never to emit them. Where it has none, they and the tokens nothing is known about get ().
+    New padding rows, which no token uses (behind the vocabulary, or in a gap of it), take over those of the old model,
+    in turn: it has learned never to emit them. Where it has none, they and the tokens nothing is known about get ().
 
     Args:
         old_size: rows of the old model's embedding.
 
     Raises:
-        MoaiError: the old tokenizer has ids beyond the embedding, the new one ids beyond its padded vocabulary, or one
-            is not byte-level.
+        MoaiError: the old tokenizer has ids beyond the embedding, or one of them is not byte-level.
     """
     found, known, wanted = expansions(old, new), ids_of(old), ids_of(new)
     if max(known) >= old_size:
         raise MoaiError(
             f"the model has {old_size:,} rows in its embedding and its tokenizer ids up to {max(known):,}: they do not "
             "belong together"
-        )
-    if max(wanted) >= new.padded_vocab_size:
-        raise MoaiError(
-            f"the new tokenizer has {new.vocab_size:,} tokens but ids up to {max(wanted):,}: number its tokens without "
-            "gaps"
         )
     spare = [i for i in range(old_size) if i not in known]
     rows, padding = [], 0

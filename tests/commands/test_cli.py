@@ -7,45 +7,18 @@ import importlib
 import io
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from moai_llm.cli import COMMANDS, Parser, main
+from moai_llm.cli import COMMANDS, Parser
 from moai_llm.commands import train
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.fim import FIM_TOKENS
 from moai_llm.tokenizer.train import SPECIAL_TOKENS, train_tokenizer
-
-Moai = Callable[..., str]
-
-
-@pytest.fixture
-def moai(capsys: pytest.CaptureFixture[str]) -> Moai:
-    """Run a command and return what it printed."""
-
-    def run(*arguments: object) -> str:
-        main([str(a) for a in arguments])
-        return capsys.readouterr().out
-
-    return run
-
-
-@pytest.fixture
-def fails(capsys: pytest.CaptureFixture[str]) -> Moai:
-    """Run a command that must fail and return its message."""
-
-    def run(*arguments: object, code: int = 1) -> str:
-        with pytest.raises(SystemExit) as left:
-            main([str(a) for a in arguments])
-        message = capsys.readouterr().err + (left.value.code if isinstance(left.value.code, str) else "")
-        assert (1 if isinstance(left.value.code, str) else left.value.code) == code, message
-        assert "Traceback" not in message
-        return message
-
-    return run
+from tests.commands.conftest import Moai
 
 
 def test_help(moai: Moai) -> None:
@@ -111,7 +84,6 @@ def test_conversations(moai: Moai, fails: Moai, tmp_path: Path, tokenizer: Token
     chats, tok, out = tmp_path / "chats.jsonl", tokenizer.save(tmp_path / "tok"), tmp_path / "out"
     chats.write_text(json.dumps({"Question": "why", "Answer": "because " * 900}) + "\n")
     prepare = ("data", "prepare", chats, "--chat", "--tokenizer", tok, "--out", out)
-    assert "--column names the text of documents" in fails(*prepare, "--column", "Answer")
     assert "1 of 1 conversations are longer than 1,024 tokens" in moai(*prepare)
     settings = json.loads((tok / "tokenizer_config.json").read_text())
     del settings["pad_token"]

@@ -1,7 +1,5 @@
 """`moai tokenizer transfer`: the directory that comes of it is a whole model, and the source stays as it was."""
 
-# ruff: noqa: F811 - the fixtures of test_cli are imported by name
-
 from __future__ import annotations
 
 import hashlib
@@ -27,7 +25,7 @@ from moai_llm.tokenizer import Tokenizer, load_tokenizer
 from moai_llm.tokenizer.extend import extend_tokenizer
 from moai_llm.tokenizer.train import build_tokenizer, train_tokenizer
 from moai_llm.training.loop import train
-from tests.commands.test_cli import Moai, fails, moai  # noqa: F401 - fixtures
+from tests.commands.conftest import Moai
 from tests.conftest import tiny_model
 from tests.tokenizer.test_transfer import DOMAIN, permuted, with_special
 

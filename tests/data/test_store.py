@@ -67,7 +67,7 @@ def test_prepare_conversations(tmp_path: Path, tokenizer: Tokenizer) -> None:
         (
             '{"messages": [{"role": "robot", "content": "x"}, {"role": "assistant", "content": "y"}]}\n',
             "chat",
-            r"a.jsonl:1: message 0",
+            r"a.jsonl:1: not a conversation: message 0",
         ),
         ('{"text": "x"}\n', "chat", "not a conversation"),
     ],

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.harness import peak_memory
 from moai_llm.losses import LOSSES, chunked_cross_entropy_loss, create_loss_function, shift_labels
 from moai_llm.ops.cross_entropy import (
+    LossSums,
     Objective,
     chunked_cross_entropy,
     default_chunk_rows,
@@ -103,6 +109,89 @@ def test_only_wanted_gradients_are_made() -> None:
         assert not linear_cross_entropy(hidden, weight, targets).objective.requires_grad
 
 
+def from_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> LossSums:
+    return chunked_cross_entropy(
+        hidden @ weight.t(), targets, objective=Objective(), ignore_index=-100, chunk_rows=1000
+    )
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, from_logits])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_a_graph_that_is_kept_can_be_used_again(function: Callable[..., LossSums], scale: float) -> None:
+    """The last backward scales the gradients in the memory of the forward: no other may."""
+    hidden, weight, targets = problem()
+    truth = linear_cross_entropy_reference(hidden, weight, targets, Objective()).objective
+    right = torch.autograd.grad(scale * truth, (hidden, weight))
+    sums = function(hidden, weight, targets)
+    loss = 0.5 * scale * sums.objective + 0.5 * scale * sums.objective
+    for _ in range(3):  # into gradients that may not share memory with what is kept
+        loss.backward(retain_graph=True)
+    assert hidden.grad is not None and weight.grad is not None
+    for t, gradient in zip((hidden, weight), right):
+        assert torch.allclose(t.grad, 3 * gradient)
+        t.grad.zero_()
+    first = torch.autograd.grad(sums.objective, (hidden, weight), retain_graph=True)
+    loss.backward()
+    for t, before, gradient in zip((hidden, weight), first, right):
+        assert torch.allclose(t.grad, gradient) and torch.allclose(scale * before, gradient)
+        assert not t.grad.requires_grad
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, from_logits])
+def test_other_ways_backward(function: Callable[..., LossSums]) -> None:
+    hidden, weight, targets = problem()
+    truth = linear_cross_entropy_reference(hidden, weight, targets, Objective()).objective
+    (right,) = torch.autograd.grad(truth, weight)
+    scale = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(scale * function(hidden, weight, targets).objective, weight, create_graph=True)
+    assert torch.allclose(gradient, 0.3 * right)
+    assert torch.allclose(torch.autograd.grad(gradient.square().sum(), scale)[0], 0.6 * right.square().sum())
+    scales = torch.tensor([1.0, 0.3]).double()
+    loss = function(hidden, weight, targets).objective
+    (several,) = torch.autograd.grad(loss, weight, scales, is_grads_batched=True)
+    assert torch.allclose(several, torch.stack([right, 0.3 * right]))
+    loss = function(hidden, weight, targets).objective
+    several = torch.func.vmap(lambda one: torch.autograd.grad(loss, weight, one)[0])(scales)
+    assert torch.allclose(several, torch.stack([right, 0.3 * right]))
+
+    def loss_of(h: Tensor, w: Tensor) -> Tensor:
+        return function(h, w, targets).objective
+
+    recomputed = checkpoint(loss_of, hidden, weight, use_reentrant=False)
+    assert torch.allclose(torch.autograd.grad(0.3 * recomputed, weight)[0], 0.3 * right)
+    with FlopCounterMode(display=False):
+        assert torch.allclose(torch.autograd.grad(0.3 * loss_of(hidden, weight), weight)[0], 0.3 * right)
+
+
+def test_second_derivatives_are_refused() -> None:
+    hidden, weight, targets = problem()
+    for keep in (True, False):
+        loss = linear_cross_entropy(hidden, weight, targets).objective
+        (gradient,) = torch.autograd.grad(loss, weight, create_graph=True, retain_graph=keep)
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            torch.autograd.grad(gradient.sum(), hidden)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_the_backward_needs_no_second_copy_of_the_gradients() -> None:
+    hidden, weight, targets = torch.randn(64, 512), torch.randn(16384, 512), torch.randint(0, 16384, (64,))
+    copy = weight.numel() * weight.element_size()
+    hidden, weight = hidden.requires_grad_(), weight.requires_grad_()
+
+    def forward() -> Tensor:
+        return linear_cross_entropy(hidden, weight, targets, chunk_rows=32).objective / 64
+
+    forward().backward()  # what is loaded at the first use is no part of it
+    hidden.grad = weight.grad = None
+    alone, last, kept = map(
+        peak_memory, (forward, lambda: forward().backward(), lambda: forward().backward(retain_graph=True))
+    )
+    assert last < alone + copy / 4
+    assert alone + 0.9 * copy < kept < alone + 1.25 * copy  # the control: a graph that is kept needs one
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_it_traces_without_a_graph_break() -> None:
     hidden, weight, targets = problem(torch.float32)
@@ -110,9 +199,11 @@ def test_it_traces_without_a_graph_break() -> None:
     compiled = torch.compile(
         lambda h, w: linear_cross_entropy(h, w, targets).objective, fullgraph=True, backend="aot_eager"
     )
-    ours = torch.autograd.grad(compiled(hidden, weight), (hidden, weight))
-    right = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets).objective, (hidden, weight))
-    assert all(torch.allclose(a, b) for a, b in zip(ours, right))
+    right = torch.autograd.grad(0.3 * linear_cross_entropy(hidden, weight, targets).objective, (hidden, weight))
+    loss = 0.3 * compiled(hidden, weight)
+    for keep in (True, False):
+        ours = torch.autograd.grad(loss, (hidden, weight), retain_graph=keep)
+        assert all(torch.allclose(a, b) for a, b in zip(ours, right))
 
 
 def test_chunks_fit_a_budget() -> None:

@@ -20,6 +20,7 @@ from moai_llm.tokenizer.chat import render, set_template, template_name, templat
 from moai_llm.tokenizer.custom import CustomTemplate
 from moai_llm.tokenizer.encoder import covered
 from moai_llm.tokenizer.jinja import JinjaTemplate
+from moai_llm.tokenizer.templates import TEMPLATES
 from moai_llm.tokenizer.train import build_tokenizer, train_tokenizer
 from tests.tokenizer.conftest import TEXTS
 from tests.tokenizer.conversations import TOOLS, conversation
@@ -52,7 +53,7 @@ def published(tmp_path: Path) -> Callable[[str], Tokenizer]:
 
 def byte_tokenizer(source: str, *tokens: str | AddedToken, **changes: Any) -> Tokenizer:
     """A tokenizer of bytes with some added tokens and a template."""
-    plain = build_tokenizer([bytes([i]) for i in range(256)], ["<|endoftext|>", "<|pad|>"])
+    plain = build_tokenizer([], ["<|endoftext|>", "<|pad|>"])
     spec = {**json.loads(plain.backend.to_str()), **changes}
     backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
     backend.add_tokens([AddedToken(t, special=True, normalized=False) if isinstance(t, str) else t for t in tokens])
@@ -245,6 +246,26 @@ def test_added_tokens_that_are_not_special() -> None:
     assert render(tokenizer, [*talk, {"role": "assistant", "content": "so <tool_call>"}]).ids.count(number) == 2
 
 
+def test_a_template_of_ours_on_a_tokenizer_of_others(tmp_path: Path) -> None:
+    """Qwen's tokenizer has <tool_call> as an added token that is not special: ids are still those of transformers, and
+    a result still cannot write it.
+    """
+    tool_call = AddedToken("<tool_call>", special=False, normalized=False)
+    tokenizer = byte_tokenizer(TEMPLATES["chatml"].jinja, *CHATML, tool_call)
+    number = tokenizer.backend.token_to_id("<tool_call>")
+    assert template_name(tokenizer) == "chatml" and tokenizer.decode(tokenizer.stop_ids) == "<|endoftext|><|im_end|>"
+    theirs = AutoTokenizer.from_pretrained(tokenizer.save(tmp_path))
+    for seed in range(30):
+        messages, tools = conversation(seed)
+        encoded = theirs.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
+        rendered = render(tokenizer, messages, tools=tools)
+        assert rendered.ids == encoded["input_ids"]
+        assert rendered.learn == [bool(m) for m in encoded["assistant_masks"]]
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]}
+    talk = [{"role": "user", "content": "a"}, call, {"role": "tool", "content": "<tool_call>"}]
+    assert render(tokenizer, talk, tools=TOOLS).ids.count(number) == 3  # two of the instructions, one call
+
+
 def test_a_template_that_changes_texts_refuses_control_strings() -> None:
     source = "{% for m in messages %}<|im_start|>{{ m.content | upper }}<|im_end|>{% endfor %}"
     tokenizer = byte_tokenizer(source, *CHATML)
@@ -334,6 +355,17 @@ def test_a_normalizer_cannot_make_a_control_token() -> None:
     assert tokenizer.backend.encode("＜|im_end|＞").ids == [number]  # the control
     ids = render(tokenizer, [{"role": "user", "content": "＜|im_end|＞"}], add_generation_prompt=True).ids
     assert ids.count(number) == 1
+
+
+def test_templates_in_the_settings_of_older_files(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer("", *CHATML)
+    tokenizer.chat_template = None
+    settings_file = tokenizer.save(tmp_path) / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text())
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": TAGGED}]
+    for written, read in ((TAGGED, TAGGED), (several, TAGGED), (several[:1], None)):
+        settings_file.write_text(json.dumps({**settings, "chat_template": written}))
+        assert load_tokenizer(tmp_path).chat_template == read
 
 
 # ---------------------------------------------------------------- the sandbox

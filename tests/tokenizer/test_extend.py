@@ -170,6 +170,15 @@ def test_real_domain_text() -> None:
         check(base, extended, text)
 
 
+def test_o200k_base(o200k: Tokenizer) -> None:
+    """200,000 merges recovered from ranks, a hole in the ids, control tokens at their places."""
+    extended = extend_tokenizer(o200k, DOMAIN, o200k.vocab_size + 30)
+    assert extended.special_ids == o200k.special_ids and extended._twin is not None
+    for text in [*UNSEEN, *DOMAIN[:3], *GENERAL]:
+        check(o200k, extended, text)
+    assert len(extended.encode(DOMAIN[0])) < len(o200k.encode(DOMAIN[0]))
+
+
 def word_piece() -> tokenizers.Tokenizer:
     return tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
 

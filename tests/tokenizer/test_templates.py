@@ -15,9 +15,11 @@ from transformers import AutoTokenizer
 
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer, load_tokenizer
-from moai_llm.tokenizer.chat import TurnEncoder, render, set_template, template_name
+from moai_llm.tokenizer.chat import render, set_template, template_name
 from moai_llm.tokenizer.custom import CustomTemplate
+from moai_llm.tokenizer.encoder import Encoder
 from moai_llm.tokenizer.templates import TEMPLATES
+from moai_llm.tokenizer.turns import TurnEncoder
 from tests.tokenizer.conversations import ATTACKS, TOOLS, conversation
 
 every_template = pytest.mark.parametrize("name", TEMPLATES)
@@ -201,8 +203,18 @@ def test_an_answer_that_shares_a_token_with_its_header(make: Make) -> None:
     opening, text = bound._opening("assistant"), "\n\nanswer"
     run = tokenizer.encode(opening.lead + text)
     assert run[: len(opening.lead_ids)] != opening.lead_ids  # the control: it does share one
-    places = bound._encoder.plain.encode(opening.lead + text).offsets
+    places = Encoder(tokenizer.backend).plain.encode(opening.lead + text).offsets
     first = next(i for i, (_, end) in enumerate(places) if end > len(opening.lead))
     assert bound._said_from(run, opening, text) == first == len(opening.lead_ids) - 1
     bound._tokenizer = SimpleNamespace(token_bytes=lambda i: b"", backend=tokenizer.backend)
     assert bound._said_from(run, opening, text) == first
+
+
+@every_template
+def test_text_that_is_not_unicode(name: str, make: Make) -> None:
+    """A lone surrogate, which JSON can carry, becomes U+FFFD by both paths."""
+    tokenizer = make(name)
+    messages = [{"role": "user", "content": "a\ud800<bos>"}, {"role": "assistant", "content": "\n\udfff 이"}]
+    rendered = render(tokenizer, messages)
+    assert tokenizer.decode([i for i, learn in zip(*rendered) if learn]).count("\ufffd") == 1
+    assert tuple(rendered) == CustomTemplate(tokenizer.backend, {}, TEMPLATES[name].jinja).render(messages, None, False)
