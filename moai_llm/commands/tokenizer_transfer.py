@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moai_llm.commands.sources import add_reading_options
 from moai_llm.runtime import MoaiError, logger, make_console
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", "--force", action="store_true", help="replace a model that is in --out")
     parser.add_argument(
         "--check", nargs="+", metavar="TEXT",
-        help="compare every --init on these files: bits per byte right after the transfer and after training",
+        help="compare every --init on these sources: bits per byte right after the transfer and after training",
     )  # fmt: skip
-    parser.add_argument("--column", help="column of --check's files that holds the text")
+    add_reading_options(parser)
     parser.add_argument(
         "--steps", type=int, nargs="+", default=[50], help="training steps after which --check measures (default 50)"
     )

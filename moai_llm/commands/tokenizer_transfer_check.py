@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.status import Status
 
+from moai_llm.commands.sources import read_options, show_skipped
 from moai_llm.commands.tokenizer_transfer import INITS, Transfer
 from moai_llm.runtime import MoaiError, keep_freed_memory, make_console, pick_device, seed_everything
 
@@ -24,14 +25,15 @@ WARMUP = 5  # steps
 
 def run_check(transfer: Transfer, arguments: argparse.Namespace) -> None:
     """Print the table, each line as soon as it is known."""
-    from moai_llm.data.sources import read_texts
+    from moai_llm.data.sources import Skipped, read_texts
 
     steps = sorted(set(arguments.steps))
     if steps[0] < 1:
         raise MoaiError(f"--steps {steps[0]}: give numbers of training steps, from 1 on")
     console = make_console()
     with tempfile.TemporaryDirectory() as folder:
-        texts = read_texts(arguments.check, arguments.column)
+        skipped = Skipped(arguments.skip_bad)
+        texts = read_texts(arguments.check, reading=read_options(arguments), skipped=skipped)
         trial = Trial(transfer, texts, steps, Path(folder), device=arguments.device, lr=arguments.lr)
         heads = ["at once", *(f"{n:,} steps" for n in steps), "held-out tokens"]
         console.print("bits per byte" + "".join(f"{head:>17}" for head in heads))
@@ -40,6 +42,7 @@ def run_check(transfer: Transfer, arguments: argparse.Namespace) -> None:
                 found = trial.bits_per_byte(name, arguments.seed, _reporter(status, name))
             cells = [*(f"{value:.4f}" for value in found), f"{trial.held_out_tokens(name):,}"]
             console.print(f"{name:<13}" + "".join(f"{cell:>17}" for cell in cells))
+    show_skipped(console, skipped)
 
 
 def _reporter(status: Status, name: str) -> Callable[[int], None]:
