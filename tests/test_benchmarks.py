@@ -36,7 +36,7 @@ def test_candidates_take_turns() -> None:
         {"a": lambda: order.append("a"), "b": lambda: (order.append("b"), time.sleep(0.01))}, rounds=3, warmup=1
     )
     assert order == ["a", "b"] * 4 and len(slow["b"].walls) == 3
-    assert slow["a"].times_faster_than(slow["b"]) > 10 and slow["b"].wall >= 0.01 > slow["b"].cpu
+    assert slow["a"].times_faster_than(slow["b"]) > 2 and slow["b"].wall >= 0.01 > slow["b"].cpu
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
