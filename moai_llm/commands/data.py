@@ -17,8 +17,12 @@ from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
     from moai_llm.data.code import CodeOptions
+    from moai_llm.data.loader import Loader
     from moai_llm.data.prepare import Report
     from moai_llm.data.shards import Store
+
+
+RANKS = 8  # for which `info` says how even the work is
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +71,9 @@ def _add_packing(parser: argparse.ArgumentParser) -> None:
         "--packing", choices=get_args(PackingName), default=default, help=f"as data.packing of a recipe ({default})"
     )
     parser.add_argument(
-        "--overlong", choices=get_args(OverlongName), help="as data.overlong of a recipe, for documents longer than a row"
+        "--overlong",
+        choices=get_args(OverlongName),
+        help="as data.overlong of a recipe, for documents longer than a row",
     )
 
 
@@ -161,14 +167,12 @@ def show_report(console: Console, report: Report) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from moai_llm.data.balance import imbalance, rows_of_stream
     from moai_llm.data.loader import Loader
 
     store = _open(arguments.store)
     manifest, lengths = store.manifest, store.lengths()
     loader = Loader(store, arguments.seq_len, packing=arguments.packing, overlong=arguments.overlong, step_rows=RANKS)
-    packing, whole = loader.packing, len(loader) // RANKS * RANKS
-    order = rows_of_stream(np.arange(whole), len(loader), 0, loader.group)
+    packing = loader.packing
     ordered = sorted(lengths)
     typical = ", ".join(f"p{q} {ordered[min(len(ordered) - 1, len(ordered) * q // 100)]:,}" for q in (50, 90, 99))
     facts = {
@@ -183,13 +187,26 @@ def _info(arguments: argparse.Namespace) -> None:
         "documents cut": f"{packing.cut_documents:,}",
         "documents dropped": f"{packing.dropped_documents:,}",
         "dropped tokens": f"{packing.dropped_tokens:,}",
-        f"imbalance over {RANKS}": f"{imbalance(packing.costs()[order].reshape(-1, RANKS)):.2f} of attention, 0 is even",
+        "attention wait": _attention_wait(loader),
         "damage": "; ".join(store.problems()) or "none",
     }
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
         table.add_row(name, value)
     make_console().print(table)
+
+
+def _attention_wait(loader: Loader) -> str:
+    """How much longer than needed attention takes where `RANKS` ranks do one row each and wait for each other."""
+    import numpy as np
+
+    from moai_llm.data.balance import imbalance, rows_of_stream
+
+    steps = len(loader) // RANKS
+    if not steps:
+        return f"fewer than {RANKS} rows"
+    order = rows_of_stream(np.arange(steps * RANKS), len(loader), seed=0, step=loader.group)
+    return f"{imbalance(loader.packing.costs()[order].reshape(steps, RANKS)):.0%} of the time with {RANKS} ranks"
 
 
 def _show(arguments: argparse.Namespace) -> None:

@@ -39,10 +39,10 @@ def imbalance(costs: np.ndarray) -> float:
 def rows_of_stream(position: np.ndarray, rows: int, seed: int, step: int = 1) -> np.ndarray:
     """Which row stands at each position of the endless stream of epochs, as a pure function of position and seed.
 
-    Every epoch holds every row once. With `step` = 1 its order is a permutation of the rows. With a larger one, groups of
-    `step` consecutive rows stay together, in their order, and fall on the steps of the stream (positions 0 to step - 1,
-    step to 2 step - 1, ...): the groups are permuted. Where an epoch ends within a step, that step holds the last rows
-    of both epochs.
+    Every epoch holds every row once. With `step` = 1 its order is a permutation of the rows. With a larger one, groups
+    of `step` consecutive rows stay together, in their order, and fall on the steps of the stream (positions 0 to
+    step - 1, step to 2 step - 1, ...): the groups are permuted. Where an epoch ends within a step, that step holds the
+    last rows of both epochs.
 
     Args:
         position: (n,) int64.
@@ -52,7 +52,7 @@ def rows_of_stream(position: np.ndarray, rows: int, seed: int, step: int = 1) ->
     Returns:
         (n,) int64, each from 0 to rows - 1.
     """
-    epochs, within = np.divmod(np.asarray(position, dtype=np.int64), rows)
+    epochs, within = np.divmod(np.asarray(position, dtype=np.int64), max(1, rows))
     chosen = np.empty_like(within)
     for epoch in np.unique(epochs).tolist():
         here = epochs == epoch
@@ -72,15 +72,15 @@ class HierarchicalBalancePacker:
     """Sequences into steps of rows that cost attention equally much.
 
     Length levels (powers of two) are gone through from the longest down, each by best fit into rows of
-    `max_seq_length` tokens; the rows are sorted by attention cost, each `num_bins` neighbours become a step, and the steps
-    are shuffled by a permutation that the seed chooses. The same arguments give the same result on every machine.
+    `max_seq_length` tokens; the rows are sorted by attention cost, each `num_bins` neighbours become a step, and the
+    steps are shuffled by a permutation that the seed chooses. The same arguments give the same result everywhere.
 
     Args:
         max_seq_length: tokens in a row. Levels reach up to it, a power of two or not.
         num_bins: rows in a step that are to cost the same: the number of data-parallel ranks, or of ranks times
             micro-batches. Rank r of W then takes bins r, r + W, ... of each step.
-        overlong: `truncate` counts a longer sequence as its first `max_seq_length` tokens, which is what the caller must
-            cut it to; `drop` leaves it out. To split sequences into pieces use `moai_llm.data.packing.pack`.
+        overlong: `truncate` counts a longer sequence as its first `max_seq_length` tokens, which is what the caller
+            must cut it to; `drop` leaves it out. To split sequences into pieces use `moai_llm.data.packing.pack`.
         seed: of the order of the steps.
 
     Attributes:
@@ -115,13 +115,11 @@ class HierarchicalBalancePacker:
         """
         self.packing = pack(_lengths(sequences), self.max_seq_length, "balanced", self.overlong)
         rows, step = len(self.packing), self.num_bins
-        bins = np.split(self.packing.document, self.packing.row_starts[1:-1]) if rows else []
+        document, starts = self.packing.document.tolist(), self.packing.row_starts.tolist()
         order = rows_of_stream(np.arange(rows), rows, self.seed, step).tolist()
-        order += [None] * (-rows % step)
-        return [
-            [[] if row is None else bins[row].tolist() for row in order[first : first + step]]
-            for first in range(0, len(order), step)
-        ]
+        bins = [document[starts[row] : starts[row + 1]] for row in order]
+        bins += [[] for _ in range(-rows % step)]
+        return [bins[first : first + step] for first in range(0, len(bins), step)]
 
     def costs(self) -> np.ndarray:
         """(steps, num_bins) float64: the attention cost of each bin of the last call, 0 for an empty one."""

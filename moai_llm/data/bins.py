@@ -92,7 +92,7 @@ def best_fit(lengths: Any, capacity: int) -> Any:  # pragma: no cover - compiled
 
 @njit(cache=True, nogil=True)
 def next_fit(lengths: Any, capacity: int) -> Any:  # pragma: no cover - compiled
-    """Each length, in the order given, into the bin of the one before where it fits, else into a new one; (n,) int64."""
+    """Each length, in the order given, into the bin of the one before where it fits, else into a new one."""
     bins = np.empty(len(lengths), np.int64)
     at, free = -1, 0
     for i in range(len(lengths)):

@@ -1,8 +1,8 @@
 """Batches of packed rows, as a pure function of (seed, step): there is no state to lose.
 
-Which row stands at position i of the endless stream is computed from i and the seed; a step takes the next rows_per_step
-of them. So a run resumes at any step, and any number of ranks can share the rows of a step: rank r of W takes r, r + W,
-...
+Which row stands at position i of the endless stream is computed from i and the seed; a step takes the next step_rows of
+them. So a run resumes at any step, and any number of ranks can share the rows of a step: rank r of W takes its rows r,
+r + W, ...
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class Loader:
         seq_len: tokens per row.
         seed: of the order; None keeps the rows in the order of packing, for evaluation.
         packing: how documents become rows, see `packing.py`.
-        overlong: what becomes of documents longer than a row: split, truncate or drop. None splits a text and truncates a
-            conversation: the tail of a conversation makes no sense without its beginning, the tail of a text does.
+        overlong: what becomes of documents longer than a row: split, truncate or drop. None splits a text and truncates
+            a conversation: the tail of a conversation makes no sense without its beginning, the tail of a text does.
         step_rows: rows of a step; `balanced` puts rows that cost attention the same into each.
 
     Raises:

@@ -97,8 +97,9 @@ def train(
     )  # fmt: skip
     if loader.packing.dropped_tokens:
         logger.warning(
-            "%s documents are longer than data.seq_len=%s and lose their end or are left out: raise it to keep them whole",
-            f"{int((store.lengths() > recipe.data.seq_len).sum()):,} of {len(store):,}", recipe.data.seq_len,
+            "%s of %s documents are longer than data.seq_len %s and %s: raise it to keep them whole",
+            int((store.lengths() > recipe.data.seq_len).sum()), len(store), recipe.data.seq_len,
+            "are left out" if loader.packing.dropped_documents else "lose their end",
         )  # fmt: skip
     model = build_model(recipe, tokenizer, device, latest)
     if recipe.train.init_from:
