@@ -146,7 +146,8 @@ def _balanced(lengths: np.ndarray, capacity: int, cut: Cut) -> Packing:
 
     A level holds the lengths up to a power of two and above the next lower one. Lengths above a sixteenth of a row go
     in longest first, as that decides how full the rows become. The levels below fill what is left, each in a keyed
-    order: rows then hold a mixture of them, where best-fit decreasing makes rows of equal lengths.
+    order: rows then hold a mixture of them, where best-fit decreasing makes rows of equal lengths. Should that take more
+    rows, all levels go in longest first.
     """
     pieces = cut(lengths, capacity)
     length = pieces[2]
@@ -156,6 +157,8 @@ def _balanced(lengths: np.ndarray, capacity: int, cut: Cut) -> Packing:
     mixed = permute(np.arange(len(length)), len(length), key=0)
     order = mixed[sort_by(key[mixed], lowest + 1)[0]]
     packing = _rows(lengths, capacity, pieces, order, best_fit(length[order], capacity))
+    plain = _best_fit(lengths, capacity, cut)
+    packing = plain if len(plain) < len(packing) else packing
     by_cost = np.argsort(-packing.costs(), kind="stable")
     rank = np.empty(len(packing), dtype=np.int64)
     rank[by_cost] = np.arange(len(packing))

@@ -165,8 +165,14 @@ def test_it_is_deterministic_and_nearly_full(strategy: str) -> None:
     assert all(
         np.array_equal(getattr(first, n), getattr(second, n)) for n in ("row_starts", "document", "start", "length")
     )
-    assert first.efficiency > 0.999
+    assert first.efficiency > 0.999 and len(first) <= len(pack(lengths, 2048))
     assert pack(lengths, 2048, "next-fit").efficiency < 0.9  # control
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=80))
+def test_balanced_takes_no_more_rows_than_best_fit(lengths: list[int]) -> None:
+    assert len(pack(np.array(lengths), 64, "balanced")) <= len(pack(np.array(lengths), 64))
 
 
 def test_levels_mix_short_documents() -> None:
