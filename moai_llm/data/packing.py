@@ -146,8 +146,8 @@ def _balanced(lengths: np.ndarray, capacity: int, cut: Cut) -> Packing:
 
     A level holds the lengths up to a power of two and above the next lower one. Lengths above a sixteenth of a row go
     in longest first, as that decides how full the rows become. The levels below fill what is left, each in a keyed
-    order: rows then hold a mixture of them, where best-fit decreasing makes rows of equal lengths. Should that take more
-    rows, all levels go in longest first.
+    order: rows then hold a mixture of them, where best-fit decreasing makes rows of equal lengths. Should that take
+    more rows, all levels go in longest first.
     """
     pieces = cut(lengths, capacity)
     length = pieces[2]

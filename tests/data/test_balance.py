@@ -44,6 +44,18 @@ def test_attention_is_balanced(capacity: int) -> None:
     assert imbalance(shuffled) > 0.2  # control: best fit in random order
 
 
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_any_number_of_ranks_shares_a_step_evenly(ranks: int) -> None:
+    """Rank r of W takes rows r, r + W, ...: even in each pass of one row a rank, and over the step."""
+    packer = HierarchicalBalancePacker(2048, 64)
+    packer.pack(np.minimum(mixture(9000), 2048))
+    costs = packer.costs()[:-1].reshape(-1, 64 // ranks, ranks)
+    assert len(costs) >= 15
+    assert imbalance(costs.reshape(-1, ranks)) <= 0.05 and imbalance(costs.sum(axis=1)) <= 0.05
+    in_blocks = packer.costs()[:-1].reshape(-1, ranks, 64 // ranks).sum(axis=2)  # control: the rows in one piece each
+    assert imbalance(in_blocks) > 2 * imbalance(costs.sum(axis=1))
+
+
 def test_steps_are_shuffled_by_the_seed_alone() -> None:
     lengths = mixture(3000)
     first, again, other = (HierarchicalBalancePacker(4096, 4, seed=seed).pack(lengths) for seed in (1, 1, 2))
