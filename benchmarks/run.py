@@ -15,6 +15,7 @@ BENCHMARKS = {
     "training_step": "a training step against transformers and litgpt",
     "linear_cross_entropy": "loss from hidden states against the plain loss: memory and time",
     "packing": "attention over packed documents: split against mask",
+    "data_packing": "documents into rows: how full, how even, how fast",
     "decode": "greedy decoding against transformers generate",
     "tokenizer": "training, encoding, memory and extension of tokenizers",
     "learning": "held-out loss on tiny Shakespeare beside a transformers baseline",

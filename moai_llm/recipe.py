@@ -35,6 +35,8 @@ LOSS_PARAMS = {
     "label_smoothing": ["smoothing", "z_weight"],
     "multi_objective": ["ce_weight", "focal_weight", "smooth_weight", "focal_gamma", "smoothing", "z_weight"],
 }
+PackingName = Literal["best-fit", "balanced", "next-fit", "concat", "none"]  # data/packing.py says what they do
+OverlongName = Literal["split", "truncate", "drop"]
 LENGTHS = ("steps", "tokens", "epochs")  # keys of `train`: exactly one says how long
 
 # what other trainers call it -> where it lives here
@@ -66,8 +68,14 @@ class DataConfig:
     train: str | None = None
     #: a prepared store for evaluation; None: no evaluation
     valid: str | None = None
-    #: tokens in a row; documents are packed into rows, longer ones are cut
+    #: tokens in a row
     seq_len: Count = 1024
+    #: how documents share rows: best-fit | balanced (rows of similar attention cost in each step) | next-fit |
+    #: concat (cut wherever a row ends) | none (one a row)
+    packing: PackingName = "best-fit"
+    #: documents longer than a row: split into pieces | truncate to their beginning | drop; None splits text and truncates
+    #: conversations
+    overlong: OverlongName | None = None
 
 
 @dataclass(kw_only=True)

@@ -5,20 +5,24 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from moai_llm.commands.sources import ReadProgress, add_source_options, open_sources, show_skipped
-from moai_llm.recipe import DataConfig
+from moai_llm.recipe import DataConfig, OverlongName, PackingName
 from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
     from moai_llm.data.code import CodeOptions
+    from moai_llm.data.loader import Loader
     from moai_llm.data.prepare import Report
     from moai_llm.data.shards import Store
+
+
+RANKS = 8  # for which `info` says how even the work is
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -53,10 +57,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     info = verbs.add_parser("info", help="what is in a store")
     info.add_argument("store", help="a prepared store")
     info.add_argument("--seq-len", type=int, default=1024, help="row length to show the packing of")
+    _add_packing(info)
     show = verbs.add_parser("show", help="decode packed rows: documents in colours, what is not learned in grey")
     show.add_argument("store", help="a prepared store")
     show.add_argument("row", type=int, nargs="?", default=0, help="which row, counted from 0 (default 0)")
     show.add_argument("--seq-len", type=int, default=256, help="tokens in a row (default 256)")
+    _add_packing(show)
+
+
+def _add_packing(parser: argparse.ArgumentParser) -> None:
+    default = DataConfig().packing
+    parser.add_argument(
+        "--packing", choices=get_args(PackingName), default=default, help=f"as data.packing of a recipe ({default})"
+    )
+    parser.add_argument(
+        "--overlong",
+        choices=get_args(OverlongName),
+        help="as data.overlong of a recipe, for documents longer than a row",
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -153,7 +171,8 @@ def _info(arguments: argparse.Namespace) -> None:
 
     store = _open(arguments.store)
     manifest, lengths = store.manifest, store.lengths()
-    loader = Loader(store, arguments.seq_len)
+    loader = Loader(store, arguments.seq_len, packing=arguments.packing, overlong=arguments.overlong, step_rows=RANKS)
+    packing = loader.packing
     ordered = sorted(lengths)
     typical = ", ".join(f"p{q} {ordered[min(len(ordered) - 1, len(ordered) * q // 100)]:,}" for q in (50, 90, 99))
     facts = {
@@ -165,7 +184,10 @@ def _info(arguments: argparse.Namespace) -> None:
         "stored as": manifest.dtype,
         "document length": f"{typical}, max {ordered[-1]:,}",
         f"rows of {arguments.seq_len}": f"{len(loader):,}, {loader.packing.efficiency:.1%} full",
-        "dropped tokens": f"{loader.packing.dropped_tokens:,}",
+        "documents cut": f"{packing.cut_documents:,}",
+        "documents dropped": f"{packing.dropped_documents:,}",
+        "dropped tokens": f"{packing.dropped_tokens:,}",
+        "attention wait": _attention_wait(loader),
         "damage": "; ".join(store.problems()) or "none",
     }
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -174,11 +196,25 @@ def _info(arguments: argparse.Namespace) -> None:
     make_console().print(table)
 
 
+def _attention_wait(loader: Loader) -> str:
+    """How much longer than needed attention takes where `RANKS` ranks do one row each and wait for each other."""
+    import numpy as np
+
+    from moai_llm.data.balance import imbalance, rows_of_stream
+
+    steps = len(loader) // RANKS
+    if not steps:
+        return f"fewer than {RANKS} rows"
+    order = rows_of_stream(np.arange(steps * RANKS), len(loader), seed=0, step=loader.group)
+    return f"{imbalance(loader.packing.costs()[order].reshape(steps, RANKS)):.0%} of the time with {RANKS} ranks"
+
+
 def _show(arguments: argparse.Namespace) -> None:
     from moai_llm.data.loader import Loader
 
     store = _open(arguments.store)
-    loader, tokenizer = Loader(store, arguments.seq_len, seed=None), store.tokenizer()
+    loader = Loader(store, arguments.seq_len, seed=None, packing=arguments.packing, overlong=arguments.overlong)
+    tokenizer = store.tokenizer()
     if not 0 <= arguments.row < len(loader):
         raise MoaiError(f"there are {len(loader)} rows, counted from 0")
     row = {key: tensor.tolist() for key, tensor in loader.row(arguments.row).items()}

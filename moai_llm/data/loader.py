@@ -1,7 +1,8 @@
 """Batches of packed rows, as a pure function of (seed, step): there is no state to lose.
 
-Row number i of the endless stream is row `permute(i mod rows)` of epoch `i div rows`; a step takes the next
-rows_per_step of them. So a run resumes at any step, and any number of ranks can share the rows of a step.
+Which row stands at position i of the endless stream is computed from i and the seed; a step takes the next step_rows of
+them. So a run resumes at any step, and any number of ranks can share the rows of a step: rank r of W takes its rows r,
+r + W, ...
 """
 
 from __future__ import annotations
@@ -12,38 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moai_llm.data.packing import Packing, pack_best_fit
+from moai_llm.data.balance import rows_of_stream
+from moai_llm.data.packing import Packing, pack
 from moai_llm.data.shards import Store
 from moai_llm.runtime import MoaiError
 
 Batch = dict[str, Tensor]
-
-
-def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
-    """A permutation of range(size) chosen by `key`, evaluated at `index`, without ever making the whole of it.
-
-    A four-round Feistel network on the next power of four, walked until the value falls below `size`.
-    """
-    half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    value = np.asarray(index, dtype=np.uint64).copy()
-    pending = np.ones(value.shape, dtype=bool)
-    while pending.any():
-        left, right = value[pending] >> np.uint64(half), value[pending] & mask
-        for turn in range(4):
-            left, right = right, left ^ (_hash(right, key + turn) & mask)
-        value[pending] = (left << np.uint64(half)) | right
-        pending = value >= np.uint64(size)
-    return value.astype(np.int64)
-
-
-def _hash(x: np.ndarray, key: int) -> np.ndarray:
-    """The 64-bit finaliser of SplitMix64 on x + key times the golden ratio."""
-    with np.errstate(over="ignore"):
-        x = x + np.uint64((key * 0x9E3779B97F4A7C15) & (2**64 - 1)) + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
 
 
 class Loader:
@@ -52,17 +27,35 @@ class Loader:
     Args:
         seq_len: tokens per row.
         seed: of the order; None keeps the rows in the order of packing, for evaluation.
+        packing: how documents become rows, see `packing.py`.
+        overlong: what becomes of documents longer than a row: split, truncate or drop. None splits a text and truncates
+            a conversation: the tail of a conversation makes no sense without its beginning, the tail of a text does.
+        step_rows: rows of a step; `balanced` puts rows that cost attention the same into each.
 
     Raises:
         MoaiError: no row holds a token to learn.
     """
 
-    def __init__(self, store: Store, seq_len: int, seed: int | None = 0) -> None:
+    def __init__(
+        self,
+        store: Store,
+        seq_len: int,
+        seed: int | None = 0,
+        *,
+        packing: str = "best-fit",
+        overlong: str | None = None,
+        step_rows: int = 1,
+    ) -> None:
         self.store, self.seq_len, self.seed = store, seq_len, seed
         self.pad_id = store.tokenizer().pad_id
-        chat = store.manifest.kind == "chat"
-        # the tail of a conversation makes no sense without its beginning; the tail of a text does
-        self.packing: Packing = pack_best_fit(store.lengths(), seq_len, "truncate" if chat else "split")
+        self.group = step_rows if packing == "balanced" else 1
+        overlong = overlong or ("truncate" if store.manifest.kind == "chat" else "split")
+        self.packing: Packing = pack(store.lengths(), seq_len, packing, overlong)
+        if not len(self):
+            raise MoaiError(
+                f"{store.path}: every document is longer than a row of {seq_len} tokens, and data.overlong=drop leaves "
+                "them out: raise data.seq_len or set data.overlong=split"
+            )
         if not any(bool((self.row(i)["labels"] != -100).any()) for i in range(len(self))):
             raise MoaiError(f"{store.path}: no row has a token to learn (rows of {seq_len} tokens): raise data.seq_len")
 
@@ -73,11 +66,9 @@ class Loader:
     def rows(self, start: int, count: int) -> Batch:
         """Rows start to start + count of the endless stream, stacked."""
         position = np.arange(start, start + count)
-        epoch, within = position // len(self), position % len(self)
-        if self.seed is not None:
-            for e in np.unique(epoch):
-                within[epoch == e] = permute(within[epoch == e], len(self), self.seed * 1_000_003 + int(e))
-        return self._stack(within)
+        if self.seed is None:
+            return self._stack(position % len(self))
+        return self._stack(rows_of_stream(position, len(self), self.seed, self.group))
 
     def _stack(self, numbers: np.ndarray) -> Batch:
         rows = [self.row(int(i)) for i in numbers]
@@ -115,8 +106,3 @@ class Loader:
         chosen = (2 * np.arange(total) + 1) * len(self) // (2 * total)
         for start in range(0, total, batch_size):
             yield self._stack(chosen[start : start + batch_size])
-
-    def cut_documents(self) -> int:
-        """Conversations longer than a row, which lose their end. The pieces of a text are all there."""
-        chat = self.store.manifest.kind == "chat"
-        return int((self.store.lengths() > self.seq_len).sum()) if chat else 0

@@ -90,18 +90,21 @@ def train(
     seed_everything(recipe.train.seed)
     store = Store(recipe.data.train)
     tokenizer = store.tokenizer()
-    loader = Loader(store, recipe.data.seq_len, recipe.train.seed)
-    cut = loader.cut_documents()
-    if cut:
+    rows = max(1, recipe.train.batch_tokens // recipe.data.seq_len)
+    loader = Loader(
+        store, recipe.data.seq_len, recipe.train.seed, packing=recipe.data.packing, overlong=recipe.data.overlong,
+        step_rows=rows,
+    )  # fmt: skip
+    if loader.packing.dropped_tokens:
         logger.warning(
-            "%s of %s conversations are longer than data.seq_len %s and lose their end: raise it to keep them whole",
-            cut, len(store), recipe.data.seq_len,
+            "%s of %s documents are longer than data.seq_len %s and %s: raise it to keep them whole",
+            int((store.lengths() > recipe.data.seq_len).sum()), len(store), recipe.data.seq_len,
+            "are left out" if loader.packing.dropped_documents else "lose their end",
         )  # fmt: skip
     model = build_model(recipe, tokenizer, device, latest)
     if recipe.train.init_from:
         recipe = with_model_of(recipe, model.config)
     optimizer = make_optimizer(model, recipe.optim)
-    rows = max(1, recipe.train.batch_tokens // recipe.data.seq_len)
     total, planned = total_steps(recipe, loader, rows), total_steps(begun, loader, rows)
     position = {"data": store.fingerprint, "seq_len": recipe.data.seq_len, "rows": rows, "seed": recipe.train.seed}
     start, targets_seen, load = 0, 0, None
@@ -120,6 +123,7 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "recipe.yaml", yaml)
     with Monitor(out, total, start, title=title, quiet=quiet) as monitor, _stop_signals() as stop:
+        monitor.note(f"data, {recipe.data.packing}: {loader.packing.summary()}")
         if start:
             monitor.note(f"resumed from {latest}")
         if total != planned:

@@ -39,6 +39,8 @@ def test_from_text_to_chat(moai: Moai, tmp_path: Path, text_file: Path, monkeypa
     moai("data", "prepare", chats, "--chat", "--tokenizer", tok, "--out", talk)
     info = moai("data", "info", talk, "--seq-len", 64)
     assert "chat" in info and "damage" in info and "none" in info
+    info = moai("data", "info", text, "--seq-len", 100, "--packing", "balanced", "--overlong", "drop")
+    assert re.search(r"documents dropped +[1-9]", info) and re.search(r"attention wait +\d", info)
     assert "<|im_start|>assistant" in moai("data", "show", talk, 0, "--seq-len", 64)
     small = ["data.seq_len=64", "train.batch_tokens=512", "train.device=cpu", "optim.lr=1e-2", "log.every=20"]
     output = moai(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 
-from moai_llm.data.loader import Loader, permute
+from moai_llm.data.balance import imbalance
+from moai_llm.data.loader import Loader
 from moai_llm.data.prepare import prepare
 from moai_llm.data.shards import Store
+from moai_llm.recipe import PackingName
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 
@@ -19,16 +22,6 @@ from moai_llm.tokenizer import Tokenizer
 def store(tmp_path: Path, tokenizer: Tokenizer, text_file: Path) -> Store:
     prepare([text_file], tokenizer, tmp_path / "store")
     return Store(tmp_path / "store")
-
-
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 64, 65, 1000])
-def test_permutations(size: int) -> None:
-    shuffled = permute(np.arange(size), size, key=5)
-    assert sorted(shuffled) == list(range(size))
-    assert np.array_equal(shuffled[2:5], permute(np.arange(size)[2:5], size, key=5))  # pointwise, no state
-    if size > 60:
-        assert not np.array_equal(shuffled, permute(np.arange(size), size, key=6))
-        assert np.abs(np.corrcoef(np.arange(size), shuffled)[0, 1]) < 0.3
 
 
 def test_rows_are_a_pure_function_of_their_number(store: Store) -> None:
@@ -91,12 +84,48 @@ def test_evaluation_order(store: Store) -> None:
     assert [len(b["input_ids"]) for b in loader.epoch(4, limit=6)] == [4, 2]
 
 
-def test_conversations_longer_than_a_row_are_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def long_and_short(tmp_path: Path, tokenizer: Tokenizer) -> Store:
     from moai_llm.data.prepare import prepare_chats
 
     chats = [
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "word " * n}], "") for n in (2, 90, 99)
     ]
     prepare_chats(chats, tokenizer, tmp_path / "chats", [])
-    store = Store(tmp_path / "chats")
-    assert [Loader(store, size).cut_documents() for size in (64, 1024)] == [2, 0]
+    return Store(tmp_path / "chats")
+
+
+def test_conversations_longer_than_a_row(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    store = long_and_short(tmp_path, tokenizer)
+    assert [Loader(store, size).packing.cut_documents for size in (64, 1024)] == [2, 0]
+    lost = int(np.maximum(store.lengths() - 64, 0).sum())
+    assert Loader(store, 64).packing.dropped_tokens == lost > 0  # conversations keep their beginning
+    assert Loader(store, 64, overlong="split").packing.dropped_tokens == 0
+    dropped = Loader(store, 64, overlong="drop").packing
+    assert len(dropped) == 1 and dropped.dropped_documents == 2
+    with pytest.raises(MoaiError, match="every document is longer than a row of 8 tokens.*raise data.seq_len"):
+        Loader(store, 8, overlong="drop")
+
+
+@pytest.mark.parametrize("packing", get_args(PackingName))
+def test_every_packing_holds_every_token_once_an_epoch(store: Store, packing: str) -> None:
+    loader = Loader(store, 100, packing=packing, step_rows=4)
+    n = len(loader)
+    expected = np.bincount(np.concatenate([store.document(i) for i in range(len(store))]), minlength=512)
+    for epoch in range(3):
+        counted = torch.bincount(loader.rows(epoch * n, n)["input_ids"].flatten(), minlength=512).numpy()
+        counted[loader.pad_id] = 0
+        assert np.array_equal(counted, expected)
+
+
+def test_balanced_steps_resume_and_do_not_know_the_world_size(store: Store) -> None:
+    def balanced(seed: int = 3) -> Loader:
+        return Loader(store, 64, seed, packing="balanced", step_rows=4)
+
+    steps = [balanced().rows(4 * step, 4) for step in range(30)]  # each from a loader of its own: there is no state
+    together = balanced().rows(0, 120)["input_ids"]
+    assert torch.equal(together, torch.cat([step["input_ids"] for step in steps]))
+    assert not torch.equal(together, balanced(4).rows(0, 120)["input_ids"])
+    costs = [[float((np.bincount(row) ** 2).sum()) for row in step["seq_idx"].numpy()] for step in steps]
+    shuffled = Loader(store, 64, 3, packing="balanced", step_rows=1).rows(0, 120)["seq_idx"].numpy()  # control
+    loose = np.array([float((np.bincount(row) ** 2).sum()) for row in shuffled]).reshape(-1, 4)
+    assert imbalance(np.array(costs)) < 0.5 * imbalance(loose)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -63,6 +64,30 @@ def test_resumed_equals_uninterrupted_bit_for_bit(make_recipe: MakeRecipe, name:
     assert [row["step"] for row in rows] == list(range(1, 9))
     reference = [row["loss"] for row in read_metrics(Path(make_recipe(out="whole").train.out) / "metrics.jsonl")]
     assert [row["loss"] for row in rows] == reference
+
+
+def test_balanced_steps_resume_bit_for_bit(make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[str]) -> None:
+    balanced = ["data.packing=balanced", "train.steps=12"]  # across the end of an epoch
+    whole = train(make_recipe(*balanced, out="whole"))
+    said = capsys.readouterr().out
+    assert re.search(r"data, balanced: \d+ rows of 32 tokens, \d+\.\d% full; \d+ of 40 documents are cut", said)
+    broken = make_recipe(*balanced, "eval.every=1", out="broken")
+    with pytest.raises(Stop):
+        train(broken, hooks=[stop_at(8)], quiet=True)
+    assert same(whole, train(broken, resume=True, quiet=True))
+    assert not same(whole, train(make_recipe("train.steps=12", out="other"), quiet=True))  # control
+    with pytest.raises(MoaiError, match="another recipe; these differ: data.packing"):
+        train(make_recipe("train.steps=12", out="broken"), resume=True, quiet=True)
+
+
+def test_a_run_says_what_it_does_not_read(make_recipe: MakeRecipe, caplog: pytest.LogCaptureFixture) -> None:
+    for way, what in (("truncate", "lose their end"), ("drop", "are left out")):
+        caplog.clear()
+        train(make_recipe(f"data.overlong={way}", "data.seq_len=64", "train.steps=1", out=way), quiet=True)
+        assert re.search(rf"\d+ of 40 documents are longer than data.seq_len 64 and {what}: raise it", caplog.text)
+    caplog.clear()
+    train(make_recipe("train.steps=1", out="split"), quiet=True)
+    assert not caplog.records
 
 
 def test_a_run_learns_logs_and_keeps_checkpoints(make_recipe: MakeRecipe, store: Path) -> None:
