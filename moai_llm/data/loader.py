@@ -59,6 +59,11 @@ class Loader:
 
     def __init__(self, store: Store, seq_len: int, seed: int | None = 0) -> None:
         self.store, self.seq_len, self.seed = store, seq_len, seed
+        if store.manifest.kind == "preference":
+            raise MoaiError(
+                f"{store.path} holds preference pairs: to train on both answers as if they were text would teach the "
+                "worse one too, and a loss that compares them is not there yet"
+            )
         self.pad_id = store.tokenizer().pad_id
         chat = store.manifest.kind == "chat"
         # the tail of a conversation makes no sense without its beginning; the tail of a text does
