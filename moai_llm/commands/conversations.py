@@ -78,15 +78,16 @@ def run(arguments: argparse.Namespace) -> None:
             continue
         found = True
         detected = detect(records, named)
-        columns = ", ".join(dict.fromkeys(str(name) for record in records for name in record.columns))
-        console.print(f"{source.name}: {_described(detected, records[0], reading.mapping)}", markup=False)
-        console.print(f"columns: {columns}", markup=False, style="dim")
+        console.print(f"{source.name}: {_described(detected, records[0])}", markup=False, soft_wrap=True)
+        unread = _unread(records, detected)
+        if unread:
+            console.print(f"not read: {', '.join(unread)}", markup=False, soft_wrap=True)
         _show_examples(console, records, detected, reading.mapping)
     if not found:
         raise MoaiError("the sources hold no records")
 
 
-def _described(detected: Detected, first: Record, named: Collection[str]) -> str:
+def _described(detected: Detected, first: Record) -> str:
     from moai_llm.data.sft.detect import convert
 
     of = f"{detected.fitting:,} of the {detected.rows:,} records looked at"
@@ -101,6 +102,18 @@ def _described(detected: Detected, first: Record, named: Collection[str]) -> str
             return f"no conversations: {error}"
     assert detected.schema is not None
     return f"{detected.schema.name} ({' + '.join(detected.schema.required)}; {of}); prepare them with --chat"
+
+
+def _unread(records: Sequence[Record], detected: Detected) -> list[str]:
+    """The columns that the shape does not read."""
+    from moai_llm.data.sft import PAIR_COLUMNS
+
+    if detected.kind not in ("chat", "preference"):
+        return []
+    schema = detected.schema
+    known = {name.lower() for name in ((*schema.required, *schema.optional) if schema else PAIR_COLUMNS)}
+    there = dict.fromkeys(str(name) for record in records for name in record.columns)
+    return [name for name in there if name.lower() not in known]
 
 
 def _show_examples(console: Console, records: Sequence[Record], detected: Detected, named: Collection[str]) -> None:
