@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Sequence
-from itertools import groupby, islice
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -65,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Print the shape of each source, from its first thousand records, with two of its conversations."""
     from moai_llm.data.sft import COLUMNS, PAIR_COLUMNS
-    from moai_llm.data.sft.detect import ROWS, detect
+    from moai_llm.data.sft.detect import detect, first_records
     from moai_llm.data.sources import Skipped, read_records
 
     console = make_console()
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     skipped, found = Skipped(reading.skip_bad), False
     named = [name for name in reading.mapping if name in COLUMNS]
     for source in sources:
-        records = list(islice(read_records([source], reading, skipped=skipped), ROWS))
+        records = first_records(read_records([source], reading, skipped=skipped))
         if not records:
             continue
         found = True

@@ -95,19 +95,24 @@ def _refuse_ambiguous(best: str, counts: Counter[str], together: Counter[tuple[s
 
 
 def read_conversations(
-    records: Iterable[Record], skipped: Skipped | None = None, named: Collection[str] = ()
+    records: Iterable[Record],
+    skipped: Skipped | None = None,
+    named: Collection[str] = (),
+    shapes: dict[str, Detected] | None = None,
 ) -> Iterator[tuple[Messages, str]]:
     """(messages, place) of every record; each source may have a shape of its own.
 
     Args:
         skipped: where to count records that are no conversations, if it allows them.
         named: like `detect`.
+        shapes: by the name of a source: what is known already, and what is found out is added. For whoever reads a
+            source in parts, of which not every one holds its first records.
 
     Raises:
         MoaiError: a record that is no conversation of its source's shape, a shape that is ambiguous, preference data.
     """
     skipped = Skipped() if skipped is None else skipped
-    for detected, record in with_shape(records, named):
+    for detected, record in with_shape(records, named, {} if shapes is None else shapes):
         if detected.kind in ("preference", "kto"):
             raise MoaiError(f"{record.place}: {_not_chat(detected.kind)}")
         try:
@@ -116,18 +121,27 @@ def read_conversations(
             skipped.add(record.source, broken(record, str(error)))
 
 
-def with_shape(records: Iterable[Record], named: Collection[str] = ()) -> Iterator[tuple[Detected, Record]]:
+def with_shape(
+    records: Iterable[Record], named: Collection[str], shapes: dict[str, Detected]
+) -> Iterator[tuple[Detected, Record]]:
     """Every record with the shape of its source, whose first records are held back until it is known."""
-    for _, of_source in groupby(records, key=lambda record: record.source):
-        head: list[Record] = []
-        size = 0
-        for record in of_source:
-            head.append(record)
-            size += _characters(record.columns)
-            if len(head) == ROWS or size >= CHARACTERS:
-                break
-        detected = detect(head, named)
+    for source, of_source in groupby(records, key=lambda record: record.source):
+        head = [] if source in shapes else first_records(of_source)
+        detected = shapes[source] if source in shapes else detect(head, named)
+        shapes[source] = detected
         yield from ((detected, record) for record in chain(head, of_source))
+
+
+def first_records(records: Iterable[Record]) -> list[Record]:
+    """As many as are looked at, in bounded memory."""
+    head: list[Record] = []
+    size = 0
+    for record in records:
+        head.append(record)
+        size += _characters(record.columns)
+        if len(head) == ROWS or size >= CHARACTERS:
+            break
+    return head
 
 
 def convert(record: Record, schema: Schema | None) -> Messages:

@@ -178,7 +178,7 @@ def _newest_turns(
     """
     first = several[0]
     head = [m for m in first[:1] if m["role"] == "system"]
-    shared = len(first) if len(several) == 1 else next(i for i, both in enumerate(zip(*several)) if both[0] != both[1])
+    shared = next((i for i, row in enumerate(zip(*several)) if any(m != row[0] for m in row)), min(map(len, several)))
     last = max((i for i, m in enumerate(first) if m["role"] == "assistant" and i <= shared), default=0)
     starts = [i for i, m in enumerate(first) if m["role"] == "user" and i <= last] or [len(head)]
 

@@ -65,13 +65,13 @@ def read_turn(turn: Any, name: str) -> tuple[dict[str, Any], bool]:
     """(the message, whether the turn is nothing but calls); `name` is what errors call it."""
     if not isinstance(turn, Mapping):
         raise MoaiError(f"{name} is {kind_of(turn)}, not an object with a role and a content")
-    given = turn.get("role", turn.get("from"))
+    given = turn.get("role") or turn.get("from")  # a table may have both columns, one of them null
     if given is None:
         raise MoaiError(f"{name} has no role; it has {', '.join(map(str, turn)) or 'nothing'}")
     role = ROLES.get(str(given).lower())
     if role is None:
         raise MoaiError(f"{name} has an unknown role {given!r}{did_you_mean(str(given), ROLES)}")
-    content = turn.get("content", turn.get("value"))
+    content = turn["value"] if turn.get("content") is None and "value" in turn else turn.get("content")
     if str(given).lower() in CALLS:
         calls = from_json(content, f"{name}, a call")
         return {"role": role, "content": "", **_calls(calls, name, needed=True), **_weight(turn, name)}, True

@@ -34,6 +34,10 @@ class Schema:
     fits: Callable[[Columns], bool]
     convert: Callable[[Columns], list[dict[str, Any]]]
 
+    def __reduce__(self) -> tuple[Callable[[str], Schema], tuple[str]]:
+        """By name, so that what was found out about a source can be told to other processes."""
+        return _by_name, (self.name,)
+
     def has_keys(self, columns: Columns) -> bool:
         return all(key in columns for key in self.required)
 
@@ -77,7 +81,7 @@ def _list(name: str, column: str, role: str, content: str) -> Schema:
         except MoaiError:
             return False
         first = turns[0] if isinstance(turns, list) and turns else None
-        return isinstance(first, Mapping) and role in first and (content in first or "tool_calls" in first)
+        return isinstance(first, Mapping) and first.get(role) is not None and content in first
 
     def convert(columns: Columns) -> list[dict[str, Any]]:
         turns = read_turns(columns[column], column)
@@ -166,6 +170,10 @@ _KNOWN = {
 }
 # what --map can name in conversations
 COLUMNS = tuple(dict.fromkeys(name for schema in SCHEMAS.values() for name in (*schema.required, *schema.optional)))
+
+
+def _by_name(name: str) -> Schema:
+    return SCHEMAS[name]
 
 
 def spelt_as_here(columns: Columns) -> dict[str, Any]:

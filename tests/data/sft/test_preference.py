@@ -58,6 +58,19 @@ def test_what_is_shared_is_not_learned() -> None:
     assert pair.chosen[0]["content"] == "q\nmore"
 
 
+def test_an_answer_that_only_goes_on_longer(tmp_path: Path) -> None:
+    """One conversation is the beginning of the other: both are learned whole, and can be cut."""
+    more = [{"role": "user", "content": "more"}, {"role": "assistant", "content": "again"}]
+    pair, tokenizer = read_pair({"chosen": [USER, GOOD, *more], "rejected": [USER, GOOD]}), tokenizer_for("chatml")
+    assert not any("train" in message for side in pair for message in side)
+    limit = len(render(tokenizer, pair.chosen).ids) - 1
+    for truncate, kept in (("turns", 0), ("drop", 0), ("end", 1)):
+        options = ChatOptions("all", limit, truncate)  # type: ignore[arg-type]
+        chats = iter([(read_pair(SHAPES["Korean"]), "0"), (pair, "1")])
+        prepare_chats(chats, tokenizer, tmp_path / "s", [], kind="preference", options=options, overwrite=True)
+        assert len(Pairs(tmp_path / "s")) == 1 + kept
+
+
 def pairs_file(file: Path, count: int) -> Path:
     lines = [
         {"prompt": f"질문 {i}", "chosen": f"good {i} " * (1 + i % 3), "rejected": f"bad {i}"} for i in range(count)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from typing import Any
 
 import pytest
@@ -199,6 +200,24 @@ def test_detection_looks_at_a_thousand_records_and_reads_on() -> None:
     large = (Record({"Q": "q" * (1 << 20), "A": "a"}, str(i), "a") for i in range(3000) if taken.append(i) is None)  # type: ignore[func-returns-value]
     next(read_conversations(large))
     assert len(taken) == 16  # memory is bounded, whatever a record's size
+
+
+def test_a_shape_that_is_known_is_held_to() -> None:
+    """A part of a source, alone with a broken record, is read as the whole is."""
+    whole = detect([Record(SHAPES["alpaca"], "a:1", "a")])
+    shapes = {"a": pickle.loads(pickle.dumps(whole))}
+    assert shapes["a"].schema is SCHEMAS["alpaca"]
+    row = Record({"instruction": "q", "response": "a"}, "a:2", "a")
+    assert len(list(read_conversations([row]))) == 1
+    with pytest.raises(MoaiError, match="a:2: .*no column 'output'"):
+        list(read_conversations([row], shapes=shapes))
+    list(read_conversations([row._replace(source="b")], shapes=shapes))
+    assert shapes["b"].schema is SCHEMAS["instruction-response"]
+
+
+def test_rows_of_a_table_with_the_columns_of_both_lists() -> None:
+    turns = [{"role": None, "content": None, "from": s["from"], "value": s["value"], "weight": None} for s in SHAREGPT]
+    assert read({"messages": turns}) == [PAIR] and detect([Record({"messages": turns}, "")]).schema is not None
 
 
 def test_columns_that_the_user_names() -> None:
