@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moai_llm.commands import conversations
 from moai_llm.commands.sources import ReadProgress, add_source_options, open_sources, show_skipped
 from moai_llm.recipe import DataConfig, OverlongName, PackingName
 from moai_llm.runtime import MoaiError, make_console
@@ -26,14 +27,12 @@ RANKS = 8  # for which `info` says how even the work is
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{prepare,info,show}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{prepare,schema,info,show}")
     prepare = verbs.add_parser("prepare", help="tokenise sources into a store")
     add_source_options(prepare)
     prepare.add_argument("--tokenizer", required=True, help="a tokenizer or model directory, or o200k_base")
     prepare.add_argument("--out", required=True, help="the store to write")
-    prepare.add_argument(
-        "--chat", action="store_true", help="the records are conversations: learn what the assistant says"
-    )
+    conversations.add_options(prepare)
     prepare.add_argument("--valid", help="a second store, for what is held out for evaluation")
     prepare.add_argument(
         "--valid-share", type=float, default=0.02, help="the share of the documents that --valid gets (default 0.02)"
@@ -54,6 +53,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--code-language", metavar="NAME", help="language of records whose file has no suffix that tells, e.g. python"
     )
     prepare.add_argument("--overwrite", action="store_true", help="replace a store that is there")
+    conversations.configure(verbs.add_parser("schema", help="what conversations look like, before they are prepared"))
     info = verbs.add_parser("info", help="what is in a store")
     info.add_argument("store", help="a prepared store")
     info.add_argument("--seq-len", type=int, default=1024, help="row length to show the packing of")
@@ -78,17 +78,17 @@ def _add_packing(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    {"prepare": _prepare, "info": _info, "show": _show}[arguments.verb](arguments)
+    {"prepare": _prepare, "schema": conversations.run, "info": _info, "show": _show}[arguments.verb](arguments)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
     from moai_llm.data.prepare import Part, prepare
-    from moai_llm.data.sft import COLUMNS
     from moai_llm.data.shards import Store, refuse_existing
     from moai_llm.tokenizer import load_tokenizer
 
     console, tokenizer, code = make_console(), load_tokenizer(arguments.tokenizer), _code_options(arguments)
-    sources, reading = open_sources(arguments, console, COLUMNS if arguments.chat else ("text",))
+    kind, chat, columns = conversations.read_options(arguments)
+    sources, reading = open_sources(arguments, console, columns)
     if arguments.valid and any(source.once for source in sources):
         raise MoaiError("standard input can be read once, and --valid reads the sources twice: write it to a file")
     parts: list[tuple[Part | None, str]] = [(None, arguments.out)]
@@ -102,7 +102,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
                 sources,
                 tokenizer,
                 out,
-                kind="chat" if arguments.chat else "text",
+                kind=kind,
+                chat=chat,
                 reading=replace(reading, progress=shown.read),
                 part=part,
                 valid_share=arguments.valid_share,
@@ -117,6 +118,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
             console.print(_about_code(report))
         _warn_of_long_conversations(console, Store(out))
     more = f" data.valid={arguments.valid}" if arguments.valid else ""
+    if kind == "preference":
+        console.print(f"written to {arguments.out}. Look at it: moai data show {arguments.out} 0")
+        return
     console.print(f"written to {arguments.out}. Next: moai train RECIPE data.train={arguments.out}{more}")
 
 
@@ -160,19 +164,18 @@ def show_report(console: Console, report: Report) -> None:
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items()) or "0"
     ratio = manifest.text_bytes / manifest.tokens
     skipped = f"{report.skipped.bad_count:,}"
-    kept, tokens = f"{manifest.documents:,}", f"{manifest.tokens:,}"
+    documents = manifest.documents // (2 if manifest.kind == "preference" else 1)
+    kept, tokens = f"{documents:,}", f"{manifest.tokens:,}"
     table.add_row(f"{report.read:,}", kept, dropped, skipped, tokens, f"{ratio:.2f}")
     console.print(table)
+    if report.cut:
+        console.print(f"{report.cut:,} of those kept were longer than --max-length and lost a part")
     show_skipped(console, report.skipped)
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    from moai_llm.data.loader import Loader
-
     store = _open(arguments.store)
     manifest, lengths = store.manifest, store.lengths()
-    loader = Loader(store, arguments.seq_len, packing=arguments.packing, overlong=arguments.overlong, step_rows=RANKS)
-    packing = loader.packing
     ordered = sorted(lengths)
     typical = ", ".join(f"p{q} {ordered[min(len(ordered) - 1, len(ordered) * q // 100)]:,}" for q in (50, 90, 99))
     facts = {
@@ -183,17 +186,27 @@ def _info(arguments: argparse.Namespace) -> None:
         "vocabulary": f"{manifest.vocab_size:,}",
         "stored as": manifest.dtype,
         "document length": f"{typical}, max {ordered[-1]:,}",
-        f"rows of {arguments.seq_len}": f"{len(loader):,}, {loader.packing.efficiency:.1%} full",
-        "documents cut": f"{packing.cut_documents:,}",
-        "documents dropped": f"{packing.dropped_documents:,}",
-        "dropped tokens": f"{packing.dropped_tokens:,}",
-        "attention wait": _attention_wait(loader),
+        **({} if manifest.kind == "preference" else _facts_of_rows(store, arguments)),  # pairs are not packed
         "damage": "; ".join(store.problems()) or "none",
     }
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts.items():
         table.add_row(name, value)
     make_console().print(table)
+
+
+def _facts_of_rows(store: Store, arguments: argparse.Namespace) -> dict[str, str]:
+    from moai_llm.data.loader import Loader
+
+    loader = Loader(store, arguments.seq_len, packing=arguments.packing, overlong=arguments.overlong, step_rows=RANKS)
+    packing = loader.packing
+    return {
+        f"rows of {arguments.seq_len}": f"{len(loader):,}, {packing.efficiency:.1%} full",
+        "documents cut": f"{packing.cut_documents:,}",
+        "documents dropped": f"{packing.dropped_documents:,}",
+        "dropped tokens": f"{packing.dropped_tokens:,}",
+        "attention wait": _attention_wait(loader),
+    }
 
 
 def _attention_wait(loader: Loader) -> str:
@@ -213,6 +226,9 @@ def _show(arguments: argparse.Namespace) -> None:
     from moai_llm.data.loader import Loader
 
     store = _open(arguments.store)
+    if store.manifest.kind == "preference":
+        conversations.show_pair(store, arguments.row)
+        return
     loader = Loader(store, arguments.seq_len, seed=None, packing=arguments.packing, overlong=arguments.overlong)
     tokenizer = store.tokenizer()
     if not 0 <= arguments.row < len(loader):

@@ -47,6 +47,11 @@ class Loader:
         step_rows: int = 1,
     ) -> None:
         self.store, self.seq_len, self.seed = store, seq_len, seed
+        if store.manifest.kind == "preference":
+            raise MoaiError(
+                f"{store.path} holds preference pairs: to train on both answers as if they were text would teach the "
+                "worse one too, and a loss that compares them is not there yet"
+            )
         self.pad_id = store.tokenizer().pad_id
         self.group = step_rows if packing == "balanced" else 1
         overlong = overlong or ("truncate" if store.manifest.kind == "chat" else "split")

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from moai_llm.data.code import CodeOptions, encode_documents
-from moai_llm.data.sft import Messages, read_conversations
-from moai_llm.data.shards import Manifest, StoreWriter
+from moai_llm.data.sft import ChatOptions, encode_record, read_conversations, read_pairs
+from moai_llm.data.sft.encode import Dropped, refuse_all_dropped
+from moai_llm.data.shards import Kind, Manifest, StoreWriter
 from moai_llm.data.sources import Reading, Skipped, Source, expand, read_records, read_texts
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
-from moai_llm.tokenizer.chat import render
 
 BATCH, BATCH_SIZE = 256, 16 << 20  # documents tokenised at a time, or characters: whichever is reached first
 Part = Literal["train", "valid"]
@@ -35,6 +35,7 @@ class Report:
     skipped: Skipped = field(default_factory=Skipped)
     code: int = 0  # in a language that is known
     filled: int = 0  # of them, rearranged to fill in the middle
+    cut: int = 0  # conversations that were too long and lost a part
 
 
 def prepare(
@@ -42,11 +43,12 @@ def prepare(
     tokenizer: Tokenizer,
     out: str | Path,
     *,
-    kind: Literal["text", "chat"] = "text",
+    kind: Kind = "text",
     reading: Reading | None = None,
     part: Part | None = None,
     valid_share: float = 0.02,
     code: CodeOptions | None = None,
+    chat: ChatOptions | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -56,13 +58,14 @@ def prepare(
         reading: how to read: the columns' names, whether what is broken is skipped, ...
         part: only the documents that are held out (`valid`) or only the others (`train`); all when None.
         valid_share: of the documents, which are held out.
+        chat: what to learn of conversations, and what to do with long ones.
         code: what to do with source code. What is held out is never rearranged: it measures plain text.
 
     Raises:
         MoaiError: unreadable sources, no documents, a tokenizer that training cannot use, or conversations in which no
             assistant says anything.
     """
-    if code is not None and kind == "chat":
+    if code is not None and kind != "text":
         raise MoaiError("fill-in-the-middle and chunks are for documents of source code, not for conversations")
     if not 0 < valid_share <= 0.5:
         raise MoaiError(f"the share to hold out must lie between 0 and 0.5, got {valid_share}")
@@ -79,10 +82,19 @@ def prepare(
             texts, tokenizer, out, origins, skipped=skipped, code=code, overwrite=overwrite, progress=progress
         )
     records = read_records(sources, reading, skipped=skipped)
-    conversations: Iterable[tuple[Messages, str]] = read_conversations(records, skipped)
+    read = read_pairs if kind == "preference" else read_conversations
+    conversations: Iterable[tuple[Any, str]] = read(records, skipped, reading.mapping)
     conversations = conversations if part is None else split(conversations, part, every)
     return prepare_chats(
-        conversations, tokenizer, out, origins, skipped=skipped, overwrite=overwrite, progress=progress
+        conversations,
+        tokenizer,
+        out,
+        origins,
+        kind=kind,
+        options=chat,
+        skipped=skipped,
+        overwrite=overwrite,
+        progress=progress,
     )
 
 
@@ -135,49 +147,43 @@ def prepare_texts(
 
 
 def prepare_chats(
-    conversations: Iterable[tuple[list[dict[str, Any]], str]],
+    conversations: Iterable[tuple[Any, str]],
     tokenizer: Tokenizer,
     out: str | Path,
     sources: list[str],
     *,
+    kind: Literal["chat", "preference"] = "chat",
+    options: ChatOptions | None = None,
     skipped: Skipped | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
-    """A chat store from (messages, place) pairs, by the tokenizer's chat template; messages may have `tools`.
-    `skipped` is the account of whoever reads them, and of what cannot be rendered.
+    """A chat store from (messages, place), by the tokenizer's chat template; messages may have `tools`. Or a store of
+    preference from (pair, place), two documents each. `skipped` is the account of whoever reads them, and of what
+    cannot be rendered.
     """
     skipped = Skipped() if skipped is None else skipped
-    read, dropped = 0, Counter[str]()
-    with StoreWriter(out, tokenizer, "chat", overwrite=overwrite) as writer:
-        for messages, place in conversations:
+    read, dropped, cut = 0, Counter[str](), 0
+    with StoreWriter(out, tokenizer, kind, overwrite=overwrite) as writer:
+        for record, place in conversations:
             read += 1
-            if not any(m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls")) for m in messages):
-                dropped["no assistant turn"] += 1
-                continue
             try:
-                rendered = render(tokenizer, messages, tools=getattr(messages, "tools", None))
+                encoded = encode_record(tokenizer, record, options)
+            except Dropped as reason:
+                dropped[str(reason)] += 1
+                continue
             except MoaiError as error:
-                skipped.bad(place.rpartition(":")[0], place, "not a conversation", f": {error}")
+                skipped.bad(place.rpartition(":")[0], place, "no form in the chat template", f": {error}")
                 read -= 1
                 continue
-            if not any(rendered.learn):
-                dropped["nothing to learn by the chat template"] += 1
-                continue
-            writer.add(
-                rendered.ids, sum(len(m["content"].encode("utf-8", "replace")) for m in messages), rendered.learn
-            )
+            for document in encoded:
+                writer.add(document.ids, document.text_bytes, document.learn)
+            cut += encoded[0].cut
             if progress is not None:
                 progress(read, writer.tokens)
-        if read and dropped.total() == read:
-            raise MoaiError(
-                f"none of the {read} conversations has an assistant turn to learn from"
-                if dropped["no assistant turn"] == read
-                else f"the chat template leaves nothing to learn in any of the {read} conversations: look at one with "
-                "`moai tokenizer template`"
-            )
+        refuse_all_dropped(read, dropped)
         _refuse_nothing(read, skipped)
-        return Report(writer.close(sources), read, dropped, skipped)
+        return Report(writer.close(sources), read, dropped, skipped, cut=cut)
 
 
 def _refuse_nothing(read: int, skipped: Skipped) -> None:

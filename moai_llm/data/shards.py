@@ -5,7 +5,7 @@
       tokenizer/             the tokenizer that made it
       shards/00000.bin       little-endian uint16 or uint32 token ids, document after document
       shards/00000.idx.npy   int64 document borders, from 0 to the number of tokens
-      shards/00000.mask.bin  chat stores only: uint8, 1 where the token is one to learn
+      shards/00000.mask.bin  all but text stores: uint8, 1 where the token is one to learn
 
 A store is written beside its final name and renamed, so a directory with a manifest is complete.
 """
@@ -28,12 +28,13 @@ from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
+Kind = Literal["text", "chat", "preference"]  # documents, conversations, pairs of them (`preference.py`)
 SHARD_TOKENS = 1 << 26  # 128 or 256 MiB a shard
 
 
 @dataclass
 class Manifest:
-    kind: Literal["text", "chat"]
+    kind: Kind
     tokenizer: str  # fingerprint
     vocab_size: int
     dtype: str
@@ -57,7 +58,7 @@ class StoreWriter:
         self,
         out: str | Path,
         tokenizer: Tokenizer,
-        kind: Literal["text", "chat"] = "text",
+        kind: Kind = "text",
         *,
         overwrite: bool = False,
         shard_tokens: int = SHARD_TOKENS,
@@ -76,8 +77,8 @@ class StoreWriter:
         self._files: dict[str, IO[bytes]] = {}
 
     def add(self, ids: list[int], text_bytes: int, learn: list[bool] | None = None) -> None:
-        """Append one document; a chat store also needs `learn`, as long as ids."""
-        assert (learn is not None) == (self.manifest.kind == "chat")
+        """Append one document; every store but one of text also needs `learn`, as long as ids."""
+        assert (learn is None) == (self.manifest.kind == "text")
         if not ids:
             return
         self._file("bin").write(np.asarray(ids, dtype=self._token_dtype).tobytes())
@@ -189,7 +190,7 @@ class Store:
             dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
             self._tokens.append(np.memmap(f"{stem}.bin", dtype=dtype, mode="r"))
             borders.append(np.load(f"{stem}.idx.npy", mmap_mode="r", allow_pickle=False))
-            if self.manifest.kind == "chat":
+            if self.manifest.kind != "text":
                 self._masks.append(np.memmap(f"{stem}.mask.bin", dtype=np.uint8, mode="r"))
         self._borders = borders
         self._first = np.cumsum([0, *(len(b) - 1 for b in borders)])

@@ -79,12 +79,15 @@ def test_bad_conversations(moai: Moai, fails: Moai, prepare: tuple[object, ...],
     ]  # fmt: skip
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     german = ("--map", "question=frage", "--map", "answer=antwort")
-    assert "chats.jsonl:1: not a conversation; it has frage, antwort" in fails(*prepare, file, "--chat")
+    message = fails(*prepare, file, "--chat")
+    assert "chats.jsonl:1: not a conversation: no column 'messages', which this source has" in message
     assert "chats.jsonl:2: no column 'antwort'; it has frage" in fails(*prepare, file, "--chat", *german)
     output = " ".join(moai(*prepare, file, "--chat", *german, "--skip-bad").split())
     assert "2 2 0 3 " in output and "skipped 2: " in output and "(1 more like it" in output
     file.write_text("".join(json.dumps(line) + "\n" for line in lines[3:]))
-    assert "chats.jsonl:1: not a conversation: message 0 must have a role of " in fails(*prepare, file, "--chat")
+    assert "chats.jsonl:1: not a conversation: message 0 has an unknown role 'nobody'" in fails(
+        *prepare, file, "--chat"
+    )
     message = fails(*prepare, file, "--chat", "--skip-bad")
     assert "nothing could be read: 2 skipped; the first: " in message and "chats.jsonl:1: not a conversation" in message
     message = fails(*prepare, file, "--chat", "--map", "txt=frage")
