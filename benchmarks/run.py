@@ -16,6 +16,7 @@ BENCHMARKS = {
     "linear_cross_entropy": "loss from hidden states against the plain loss: memory and time",
     "packing": "attention over packed documents: split against mask",
     "decode": "greedy decoding against transformers generate",
+    "data_dedup": "near-duplicates: speed and recall beside datasketch and rensa",
     "tokenizer": "training, encoding, memory and extension of tokenizers",
     "learning": "held-out loss on tiny Shakespeare beside a transformers baseline",
 }

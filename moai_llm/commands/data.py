@@ -11,18 +11,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from moai_llm.commands import data_clean
 from moai_llm.commands.sources import ReadProgress, add_source_options, open_sources, show_skipped
 from moai_llm.recipe import DataConfig
 from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
+    from moai_llm.data.clean import Cleaner
     from moai_llm.data.code import CodeOptions
     from moai_llm.data.prepare import Report
     from moai_llm.data.shards import Store
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{prepare,info,show}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{prepare,info,show,clean,dedup,contamination}")
     prepare = verbs.add_parser("prepare", help="tokenise sources into a store")
     add_source_options(prepare)
     prepare.add_argument("--tokenizer", required=True, help="a tokenizer or model directory, or o200k_base")
@@ -49,6 +51,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument(
         "--code-language", metavar="NAME", help="language of records whose file has no suffix that tells, e.g. python"
     )
+    prepare.add_argument(
+        "--clean", metavar="YAML", help="clean the text first by these rules, see `moai data clean`; `default` for ours"
+    )
     prepare.add_argument("--overwrite", action="store_true", help="replace a store that is there")
     info = verbs.add_parser("info", help="what is in a store")
     info.add_argument("store", help="a prepared store")
@@ -57,10 +62,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show.add_argument("store", help="a prepared store")
     show.add_argument("row", type=int, nargs="?", default=0, help="which row, counted from 0 (default 0)")
     show.add_argument("--seq-len", type=int, default=256, help="tokens in a row (default 256)")
+    data_clean.add_verbs(verbs)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    {"prepare": _prepare, "info": _info, "show": _show}[arguments.verb](arguments)
+    {
+        "prepare": _prepare,
+        "info": _info,
+        "show": _show,
+        "clean": data_clean.run_clean,
+        "dedup": data_clean.run_dedup,
+        "contamination": data_clean.run_contamination,
+    }[arguments.verb](arguments)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -78,6 +91,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         parts = [("valid", arguments.valid), ("train", arguments.out)]
     for _, out in parts:
         refuse_existing(Path(out), arguments.overwrite)
+    cleaner = _cleaner(arguments)
     for part, out in parts:
         with ReadProgress(console, sources) as shown:
             report = prepare(
@@ -89,6 +103,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
                 part=part,
                 valid_share=arguments.valid_share,
                 code=code,
+                clean=cleaner,
                 overwrite=arguments.overwrite,
                 progress=lambda documents, tokens: shown.update(f"{documents:,} documents, {tokens:,} tokens"),
             )
@@ -100,6 +115,12 @@ def _prepare(arguments: argparse.Namespace) -> None:
         _warn_of_long_conversations(console, Store(out))
     more = f" data.valid={arguments.valid}" if arguments.valid else ""
     console.print(f"written to {arguments.out}. Next: moai train RECIPE data.train={arguments.out}{more}")
+
+
+def _cleaner(arguments: argparse.Namespace) -> Cleaner | None:
+    from moai_llm.data.clean import Cleaner, load_config
+
+    return None if arguments.clean is None else Cleaner(load_config(arguments.clean))
 
 
 def _code_options(arguments: argparse.Namespace) -> CodeOptions | None:

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -281,7 +281,7 @@ class CleanReport:
             rule: [dict(zip(("document", "detail", "text"), row)) for row in found]
             for rule, found in self.examples.items()
         }
-        return {**asdict(replace(self, examples={})), "examples": rows}
+        return {**vars(self), "examples": rows}
 
 
 def clean(documents: Iterable[Document], cleaner: Cleaner, out: str | Path, *, overwrite: bool = False) -> CleanReport:
@@ -303,10 +303,19 @@ def clean(documents: Iterable[Document], cleaner: Cleaner, out: str | Path, *, o
 def cleaned_texts(
     texts: Iterable[tuple[str, str]], cleaner: Cleaner, dropped: Counter[str]
 ) -> Iterator[tuple[str, str]]:
-    """(text, place) of what the cleaner keeps; `dropped` counts the others by rule."""
+    """(text, place) of what the cleaner keeps; `dropped` counts the others by rule.
+
+    Raises:
+        MoaiError: it keeps nothing.
+    """
+    kept = 0
     for text, place in texts:
         cleaned = cleaner(text, place)
         if isinstance(cleaned, Drop):
             dropped[cleaned.rule] += 1
         else:
+            kept += 1
             yield cleaned, place
+    if dropped and not kept:
+        rules = ", ".join(f"{count:,} {rule}" for rule, count in dropped.most_common())
+        raise MoaiError(f"the rules of cleaning drop all documents: {rules}; `moai data clean` shows examples")
