@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 import tempfile
 import unicodedata
@@ -27,7 +26,6 @@ from moai_llm.data.python_identity import python_identity
 from moai_llm.runtime import MoaiError
 
 EXAMPLES = 10
-_SPACES = re.compile(r"\s+")
 Progress = Callable[[str], None]
 
 
@@ -86,7 +84,7 @@ class DedupReport:
 
 def text_digest(text: str) -> bytes:
     """16 bytes, equal for texts that differ in white space or in how their characters are composed only."""
-    plain = _SPACES.sub(" ", unicodedata.normalize("NFC", text)).strip()
+    plain = " ".join(unicodedata.normalize("NFC", text).split())
     return hashlib.blake2b(plain.encode("utf-8", "replace"), digest_size=16).digest()
 
 

@@ -21,7 +21,7 @@ from moai_llm.runtime import MoaiError, write_atomically
 
 FORMAT = 1
 MEMORY = 256 << 20  # bytes that sorting may take
-BUFFER = 1 << 14  # documents between two writes
+BUFFER = 1 << 13  # documents between two writes
 _BYTES_A_KEY = 64  # what sorting one key takes: key, document, order, and copies
 
 
@@ -48,8 +48,12 @@ class DuplicateIndex:
         }
         if verify:
             self._types |= {"shingles": np.dtype(np.uint64), "shingle-ends": np.dtype(np.int64)}
-        self._waiting: dict[str, list[np.ndarray]] = {name: [] for name in self._types}
-        self._waiting_bytes = 0
+        self._waiting = 0  # documents that are not yet written
+        self._exact, self._lengths = np.empty((BUFFER, 2), np.uint64), np.empty(BUFFER, np.int64)
+        self._keys = np.empty((options.bands, BUFFER), np.uint64)
+        self._sets: list[np.ndarray] = []
+        self._set_ends: list[int] = []
+        self._set_bytes = 0
         self.earlier, self._shingles = self._open()
         self.documents = self.earlier
 
@@ -88,27 +92,33 @@ class DuplicateIndex:
             digest: 16 bytes; equal ones are duplicates.
             shingles: a sorted set, where the index verifies.
         """
-        self._waiting["exact"].append(np.frombuffer(digest, np.uint64))
-        self._waiting["lengths"].append(np.array([length], np.int64))
-        for i, key in enumerate(band_keys):
-            self._waiting[f"band-{i:02d}"].append(key)
+        k = self._waiting
+        self._exact[k] = np.frombuffer(digest, np.uint64)
+        self._lengths[k] = length
+        self._keys[:, k] = band_keys
         if self.verify:
             assert shingles is not None
             self._shingles += len(shingles)
-            self._waiting["shingles"].append(shingles)
-            self._waiting["shingle-ends"].append(np.array([self._shingles], np.int64))
-            self._waiting_bytes += shingles.nbytes
-        self.documents += 1
-        if self.documents % BUFFER == 0 or self._waiting_bytes > 16 << 20:
+            self._sets.append(shingles)
+            self._set_ends.append(self._shingles)
+            self._set_bytes += shingles.nbytes
+        self.documents, self._waiting = self.documents + 1, k + 1
+        if self._waiting == BUFFER or self._set_bytes > 16 << 20:
             self._flush()
 
     def _flush(self) -> None:
-        for name, parts in self._waiting.items():
-            if parts:
-                with self._path(name).open("ab") as file:
-                    np.concatenate([np.atleast_1d(part) for part in parts]).tofile(file)
-                parts.clear()
-        self._waiting_bytes = 0
+        n = self._waiting
+        if not n:
+            return
+        parts = {"exact": self._exact[:n], "lengths": self._lengths[:n]}
+        parts |= {f"band-{i:02d}": keys[:n] for i, keys in enumerate(self._keys)}
+        if self.verify:
+            parts |= {"shingles": np.concatenate(self._sets), "shingle-ends": np.array(self._set_ends, np.int64)}
+        for name, part in parts.items():
+            with self._path(name).open("ab") as file:
+                part.tofile(file)
+        self._sets, self._set_ends = [], []
+        self._waiting = self._set_bytes = 0
 
     def save(self) -> None:
         """Keep what was added for a later run."""
