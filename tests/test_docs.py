@@ -16,6 +16,7 @@ import yaml
 
 from moai_llm import recipe as recipes
 from moai_llm.cli import COMMANDS, main
+from moai_llm.data.clean import config_from_tree
 from moai_llm.tokenizer import Tokenizer
 from tests.command_lines import Block, check, fenced_blocks, moai_commands, shell_commands
 from tests.conftest import ROOT, tiny_model
@@ -368,7 +369,9 @@ def test_python_compiles_and_imports(path: Path, block: Block) -> None:
 
 @pytest.mark.parametrize(("path", "block"), blocks("yaml"))
 def test_yaml_is_a_recipe(path: Path, block: Block) -> None:
-    recipes.from_tree(yaml.safe_load(block.text), source=f"{path.name}:{block.line}")
+    """A recipe, or what its first line calls a clean.yaml."""
+    read = config_from_tree if block.text.startswith("# clean.yaml") else recipes.from_tree
+    read(yaml.safe_load(block.text), f"{path.name}:{block.line}")
 
 
 @pytest.fixture(scope="module")

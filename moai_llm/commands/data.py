@@ -11,12 +11,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moai_llm.commands import conversations
+from moai_llm.commands import conversations, data_clean
 from moai_llm.commands.sources import ReadProgress, add_source_options, open_sources, show_skipped
 from moai_llm.recipe import DataConfig, OverlongName, PackingName
 from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
+    from moai_llm.data.clean import Cleaner
     from moai_llm.data.code import CodeOptions
     from moai_llm.data.loader import Loader
     from moai_llm.data.prepare import Report
@@ -27,7 +28,8 @@ RANKS = 8  # for which `info` says how even the work is
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{prepare,schema,info,show}")
+    names = "{prepare,schema,info,show,clean,dedup,contamination}"
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
     prepare = verbs.add_parser("prepare", help="tokenise sources into a store")
     add_source_options(prepare)
     prepare.add_argument("--tokenizer", required=True, help="a tokenizer or model directory, or o200k_base")
@@ -52,6 +54,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument(
         "--code-language", metavar="NAME", help="language of records whose file has no suffix that tells, e.g. python"
     )
+    prepare.add_argument(
+        "--clean", metavar="YAML", help="clean the text first by these rules, see `moai data clean`; `default` for ours"
+    )
     prepare.add_argument("--overwrite", action="store_true", help="replace a store that is there")
     conversations.configure(verbs.add_parser("schema", help="what conversations look like, before they are prepared"))
     info = verbs.add_parser("info", help="what is in a store")
@@ -63,6 +68,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     show.add_argument("row", type=int, nargs="?", default=0, help="which row, counted from 0 (default 0)")
     show.add_argument("--seq-len", type=int, default=256, help="tokens in a row (default 256)")
     _add_packing(show)
+    data_clean.add_verbs(verbs)
 
 
 def _add_packing(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +84,15 @@ def _add_packing(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    {"prepare": _prepare, "schema": conversations.run, "info": _info, "show": _show}[arguments.verb](arguments)
+    {
+        "prepare": _prepare,
+        "schema": conversations.run,
+        "info": _info,
+        "show": _show,
+        "clean": data_clean.run_clean,
+        "dedup": data_clean.run_dedup,
+        "contamination": data_clean.run_contamination,
+    }[arguments.verb](arguments)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
@@ -96,6 +110,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         parts = [("valid", arguments.valid), ("train", arguments.out)]
     for _, out in parts:
         refuse_existing(Path(out), arguments.overwrite)
+    cleaner = _cleaner(arguments)
     for part, out in parts:
         with ReadProgress(console, sources) as shown:
             report = prepare(
@@ -108,6 +123,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
                 part=part,
                 valid_share=arguments.valid_share,
                 code=code,
+                clean=cleaner,
                 overwrite=arguments.overwrite,
                 progress=lambda documents, tokens: shown.update(f"{documents:,} documents, {tokens:,} tokens"),
             )
@@ -122,6 +138,12 @@ def _prepare(arguments: argparse.Namespace) -> None:
         console.print(f"written to {arguments.out}. Look at it: moai data show {arguments.out} 0")
         return
     console.print(f"written to {arguments.out}. Next: moai train RECIPE data.train={arguments.out}{more}")
+
+
+def _cleaner(arguments: argparse.Namespace) -> Cleaner | None:
+    from moai_llm.data.clean import Cleaner, load_config
+
+    return None if arguments.clean is None else Cleaner(load_config(arguments.clean))
 
 
 def _code_options(arguments: argparse.Namespace) -> CodeOptions | None:

@@ -9,6 +9,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from moai_llm.data.clean import Cleaner, cleaned_texts
 from moai_llm.data.code import CodeOptions, encode_documents
 from moai_llm.data.sft import ChatOptions, encode_record, read_conversations, read_pairs
 from moai_llm.data.sft.encode import Dropped, refuse_all_dropped
@@ -49,6 +50,7 @@ def prepare(
     valid_share: float = 0.02,
     code: CodeOptions | None = None,
     chat: ChatOptions | None = None,
+    clean: Cleaner | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -59,6 +61,7 @@ def prepare(
         part: only the documents that are held out (`valid`) or only the others (`train`); all when None.
         valid_share: of the documents, which are held out.
         chat: what to learn of conversations, and what to do with long ones.
+        clean: texts go through it first; the report's `dropped` names the rules.
         code: what to do with source code. What is held out is never rearranged: it measures plain text.
 
     Raises:
@@ -67,6 +70,8 @@ def prepare(
     """
     if code is not None and kind != "text":
         raise MoaiError("fill-in-the-middle and chunks are for documents of source code, not for conversations")
+    if clean is not None and kind != "text":
+        raise MoaiError("the rules of cleaning are for documents, not for conversations")
     if not 0 < valid_share <= 0.5:
         raise MoaiError(f"the share to hold out must lie between 0 and 0.5, got {valid_share}")
     reading, every = reading or Reading(), round(1 / valid_share)
@@ -78,9 +83,13 @@ def prepare(
         texts = texts if part is None else split_texts(texts, part, every)
         if code is not None and part == "valid":
             code = replace(code, fim=None)
-        return prepare_texts(
+        unclean = Counter[str]()
+        texts = texts if clean is None else cleaned_texts(texts, clean, unclean)
+        report = prepare_texts(
             texts, tokenizer, out, origins, skipped=skipped, code=code, overwrite=overwrite, progress=progress
         )
+        report.read, report.dropped = report.read + unclean.total(), report.dropped + unclean
+        return report
     records = read_records(sources, reading, skipped=skipped)
     read = read_pairs if kind == "preference" else read_conversations
     conversations: Iterable[tuple[Any, str]] = read(records, skipped, reading.mapping)
