@@ -73,8 +73,8 @@ class DataConfig:
     #: how documents share rows: best-fit | balanced (rows of similar attention cost in each step) | next-fit |
     #: concat (cut wherever a row ends) | none (one a row)
     packing: PackingName = "best-fit"
-    #: documents longer than a row: split into pieces | truncate to their beginning | drop; None splits text and truncates
-    #: conversations
+    #: documents longer than a row: split into pieces | truncate to their beginning | drop; None splits text and
+    #: truncates conversations
     overlong: OverlongName | None = None
 
 
