@@ -234,5 +234,5 @@ def move(lengths: np.ndarray, capacity: int) -> np.ndarray:
     tokens = np.zeros(int(lengths.sum()), np.int32)
     packing = pack(lengths, capacity)
     begins = (lengths.cumsum() - lengths)[packing.document] + packing.start
-    ends = packing.length.cumsum()
-    return tokens[np.repeat(begins - (ends - packing.length), packing.length) + np.arange(len(tokens))]
+    pieces = zip(begins.tolist(), (begins + packing.length).tolist())
+    return np.concatenate([tokens[begin:end] for begin, end in pieces])

@@ -185,7 +185,9 @@ def _concat(lengths: np.ndarray, capacity: int, cut: Cut) -> Packing:
     ends = length.cumsum()
     total = int(ends[-1]) if len(ends) else 0
     rows = np.arange(0, total, capacity)
-    begins = np.union1d((ends - length)[start == 0], rows)  # the pieces of a long document touch: only rows cut it
+    # the pieces of a long document touch: only rows cut it; to sort is to merge two sorted runs
+    begins = np.sort(np.concatenate([(ends - length)[start == 0], rows]), kind="stable")
+    begins = begins[np.diff(begins, prepend=-1) > 0]
     within = np.searchsorted(ends, begins, side="right")
     return Packing(
         np.append(np.searchsorted(begins, rows), len(begins)),

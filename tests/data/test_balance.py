@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moai_llm.data import HierarchicalBalancePacker
-from moai_llm.data.balance import imbalance
+from moai_llm.data.balance import imbalance, rows_of_stream
+from moai_llm.data.order import permute
 from moai_llm.data.packing import pack
 from moai_llm.runtime import MoaiError
 
@@ -120,3 +121,28 @@ def test_it_is_imported_without_torch() -> None:
 
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = moai_llm.data.nothing
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8, 29, 64])
+@pytest.mark.parametrize("step", [1, 2, 5, 8, 40])
+def test_the_stream(rows: int, step: int) -> None:
+    """Every epoch is a permutation, and whole steps are groups of neighbours."""
+    stream = rows_of_stream(np.arange(6 * rows), rows, seed=2, step=step)
+    for epoch in stream.reshape(6, rows):
+        assert sorted(epoch) == list(range(rows))
+    for p in range(0, 6 * rows - 3, 7):  # pointwise, no state
+        assert np.array_equal(stream[p : p + 3], rows_of_stream(np.arange(p, p + 3), rows, 2, step))
+    for start in range(0, 6 * rows - step + 1, step):
+        within = stream[start : start + step]
+        if start // rows == (start + step - 1) // rows and rows > 2 * step:  # the step lies in one epoch
+            assert np.array_equal(within, np.arange(within[0], within[0] + step))
+        elif rows > 2 * step:  # the step lies across two: the last rows, which cost about the same
+            assert within.min() >= rows - 2 * step
+    if rows > 20 and step < 8:
+        assert not np.array_equal(stream, rows_of_stream(np.arange(6 * rows), rows, 3, step))
+        assert not np.array_equal(stream[:rows], stream[rows : 2 * rows])
+
+
+def test_without_steps_the_stream_is_the_permutation() -> None:
+    expected = np.concatenate([permute(np.arange(50), 50, 7 * 1_000_003 + epoch) for epoch in range(4)])
+    assert np.array_equal(rows_of_stream(np.arange(200), 50, seed=7), expected)
