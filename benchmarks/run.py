@@ -18,6 +18,7 @@ BENCHMARKS = {
     "decode": "greedy decoding against transformers generate",
     "tokenizer": "training, encoding, memory and extension of tokenizers",
     "learning": "held-out loss on tiny Shakespeare beside a transformers baseline",
+    "transfer": "bits per byte after a model got another tokenizer, for each way to make its new rows",
 }
 
 

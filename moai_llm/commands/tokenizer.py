@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from moai_llm.commands import tokenizer_report, tokenizer_show, tokenizer_template, tokenizer_train
+from moai_llm.commands import tokenizer_report, tokenizer_show, tokenizer_template, tokenizer_train, tokenizer_transfer
 
 # verb -> (what adds its arguments, what runs it, what it does)
 VERBS = {
@@ -12,6 +12,7 @@ VERBS = {
     "extend": (tokenizer_train.configure_extend, tokenizer_train.extend, "grow a vocabulary by merges of a domain"),
     "show": (tokenizer_show.configure, tokenizer_show.run, "colour the tokens of a text"),
     "report": (tokenizer_report.configure, tokenizer_report.run, "compare tokenizers: length, losses, speed"),
+    "transfer": (tokenizer_transfer.configure, tokenizer_transfer.run, "give a trained model another tokenizer"),
     "template": (tokenizer_template.configure, tokenizer_template.run, "see a conversation rendered, set the template"),
 }
 

@@ -214,7 +214,7 @@ def _learn(symbols, ends, counts, joined, lengths, order, how_many, longest, min
             size = _push(heap, queued, size, q, total[q], left, right, place)
 
     merged_left, merged_right = np.empty(how_many, np.int32), np.empty(how_many, np.int32)
-    with_left, with_right = np.full(old + how_many, -1, np.int32), np.full(old + how_many, -1, np.int32)
+    with_new = np.full((old + how_many, 2), -1, np.int32)  # the pairs of a symbol with the newest, before and after it
     made_at, made_of = np.empty(1 << 12, np.int32), np.empty(1 << 12, np.int32)  # places of new pairs, in this step
     done = 0
     while done < how_many and size and not live[1]:
@@ -256,32 +256,22 @@ def _learn(symbols, ends, counts, joined, lengths, order, how_many, longest, min
             if made + 2 > len(made_at):
                 made_at, made_of = _double(made_at), _double(made_of)
             back = node[p, LINKS] >> 16
-            if back:
-                s = p - back
-                x = node[s, SYMBOL]
+            for s, t in ((p - back, p) if back else (-1, -1), (p, r + step) if step else (-1, -1)):
+                if s < 0:
+                    continue
                 if node[s, PAIR] >= 0:
                     total[node[s, PAIR]] -= weight
-                t = with_left[x]
-                if t < oldest:
-                    t = with_left[x] = pairs
-                    left[t], right[t], total[t], spots[t] = x, new, 0, 0
+                x, y = node[s, SYMBOL], node[t, SYMBOL]
+                partner, side = (x, 0) if y == new else (y, 1)
+                u = with_new[partner, side]
+                if u < oldest:
+                    u = with_new[partner, side] = pairs
+                    left[u], right[u], total[u], spots[u] = x, y, 0, 0
                     pairs += 1
-                node[s, PAIR] = t
-                total[t] += weight
-                spots[t] += 1
-                made_at[made], made_of[made] = s, t
-                made += 1
-            if step:
-                x = node[r + step, SYMBOL]
-                t = with_right[x]
-                if t < oldest:
-                    t = with_right[x] = pairs
-                    left[t], right[t], total[t], spots[t] = new, x, 0, 0
-                    pairs += 1
-                node[p, PAIR] = t
-                total[t] += weight
-                spots[t] += 1
-                made_at[made], made_of[made] = p, t
+                node[s, PAIR] = u
+                total[u] += weight
+                spots[u] += 1
+                made_at[made], made_of[made] = s, u
                 made += 1
         if used + made > len(places):
             places = np.concatenate((places, np.empty(max(made, len(places) >> 1), np.int32)))

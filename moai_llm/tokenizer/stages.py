@@ -35,7 +35,8 @@ def save_stages(directory: str | Path, stages: list[Stage]) -> None:
 
 
 def load_stages(directory: str | Path, tokenizer: Tokenizer) -> list[Stage]:
-    """The stages beside a tokenizer, in its directory or that of its file; none where it was made elsewhere or changed since.
+    """The stages beside a tokenizer, in its directory or that of its file; none where it was
+    made elsewhere or changed since.
 
     Raises:
         MoaiError: the file cannot be read.

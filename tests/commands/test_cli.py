@@ -202,7 +202,7 @@ def test_mistakes(fails: Moai, arguments: list[str], message: str) -> None:
         (["data", "prepare", "x", "--tokeniser", "t", "--out", "o"], "required: --tokenizer"),
         (["eval", "perplexity", "m", "--windw", "3"], "did you mean '--window'?"),
         (["tokenizer", "trane"], "invalid choice: 'trane'"),
-        (["tokenizer"], "required: {train,extend,show,report,template}"),
+        (["tokenizer"], "required: {train,extend,show,report,transfer,template}"),
         (["data"], "required: {prepare,schema,info,show}"),
         (["eval"], "required: perplexity"),
         (["generate", "m", "--prompt", "x", "--top-k", "many"], "invalid int value: 'many'"),

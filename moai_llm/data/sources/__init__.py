@@ -55,7 +55,7 @@ def read_texts(
     skipped = Skipped(reading.skip_bad) if skipped is None else skipped
     for source in expand(sources, skipped=skipped):
         for record in read_source(source, reading, skipped):
-            text = text_of(record, reading.mapping, skipped)
+            text = text_of(record, reading, skipped)
             if text is not None:
                 yield text, record.place
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from moai_llm.data.sources.records import Reading, Record, Skipped
+from moai_llm.data.sources.streams import too_long
 from moai_llm.runtime import MoaiError, did_you_mean
 
 TEXT_COLUMNS = ("text", "content", "document", "body", "본문", "내용")
@@ -30,9 +31,9 @@ def text_columns(mapping: Mapping[str, str]) -> Callable[[Sequence[str]], Collec
     return choose
 
 
-def text_of(record: Record, mapping: Mapping[str, str], skipped: Skipped) -> str | None:
-    """The text of a record, None where it has none and that is counted."""
-    columns, named = record.columns, mapping.get("text")
+def text_of(record: Record, reading: Reading, skipped: Skipped) -> str | None:
+    """The text of a record, None where it has none, or too much of it, and that is counted."""
+    columns, named = record.columns, reading.mapping.get("text")
     if named:
         found, text = lookup(columns, named)
     else:
@@ -45,6 +46,8 @@ def text_of(record: Record, mapping: Mapping[str, str], skipped: Skipped) -> str
         skipped.bad(
             record.source, record.place, f"the text is {kind}", "" if named else "; --map text=NAME names another"
         )
+    elif len(text) > reading.max_record:  # a cell of a table
+        skipped.bad(record.source, record.place, *too_long(reading.max_record, "a text"))
     else:
         return text
     return None

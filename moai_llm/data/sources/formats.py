@@ -18,13 +18,15 @@ NUL = ("NUL bytes", ": not text, or UTF-16 without a byte order mark (then pass 
 
 
 def read_text(file: BinaryIO, name: str, reading: Reading, skipped: Skipped) -> Iterator[Record]:
-    """A text file is one document. One over 8 MB is several, cut where a paragraph ends, or at least a line."""
-    stream, rest, line, done = as_utf8(file, name, reading), b"", 1, 0
+    """A text file is one document. One over 8 MB, or over the limit of a record, is several, cut where a paragraph
+    ends, or at least a line.
+    """
+    stream, size, rest, line, done = as_utf8(file, name, reading), min(PIECE, reading.max_record), b"", 1, 0
     while True:
-        block = stream.read(PIECE - len(rest) if len(rest) < PIECE else PIECE)
+        block = stream.read(size - len(rest) if len(rest) < size else size)
         rest += block
         border = len(rest)
-        if block and len(rest) >= PIECE:
+        if block and len(rest) >= size:
             border = rest.rfind(b"\n\n") + 2 if b"\n\n" in rest else rest.rfind(b"\n") + 1
             if not border:
                 if len(rest) > reading.max_record:

@@ -27,6 +27,7 @@ GENERATED_TEXT = re.compile(
     r"do not (edit|modify).*generated",
     re.IGNORECASE | re.DOTALL,
 )
+LICENCE_NAME = re.compile(r"((un)?licen[cs]e|copying)([.-][\w.-]+)?", re.IGNORECASE)  # LICENSE-MIT, COPYING.LESSER
 LFS = b"version https://git-lfs.github.com/spec/"
 LONG_LINE = 10_000  # characters: a line that nobody wrote
 
@@ -193,11 +194,8 @@ def _licences(repository: Repository, objects: Objects) -> dict[str, str]:
     found: dict[str, str] = {}
     for entry in list_tree(repository.path, repository.commit):
         path = PurePosixPath(entry.path)
-        if (
-            re.match(r"(UN)?LICEN[CS]E|COPYING", path.name.upper())
-            and entry.mode.startswith("100")
-            and entry.size < 1 << 18
-        ):
+        named = LICENCE_NAME.fullmatch(path.name) and _suffix(entry.path) not in CODE
+        if named and entry.mode.startswith("100") and entry.size < 1 << 18:
             text = objects.read(entry.object).decode("utf-8", "replace")
             found.setdefault(str(path.parent), licence_of_text(text))
     return found

@@ -228,6 +228,9 @@ BROKEN = [
     Case("not.parquet", b"PAR1 nonsense", ": not readable Parquet: "),
     Case("cut.parquet", lambda p: parquet(p, {"text": ["a"] * 99}, 300), ": not readable Parquet: "),
     Case("no_text.parquet", lambda p: parquet(p, {"id": [1, 2]}), r": row 1: no text column .*; it has id"),
+    Case(
+        "long.parquet", lambda p: parquet(p, {"text": ["good", "a" * 3000]}), ": row 2: a text of more than 1.95 KB", 1
+    ),
     Case("null.parquet", lambda p: parquet(p, {"text": ["good", None]}), r": row 2: the text is null", 1),
     Case("cut_file.arrow", lambda p: arrow(p, False, 0.9), ": not readable Arrow: "),
     Case("cut_stream.arrow", lambda p: arrow(p, True, 0.5), ": row 1: damaged: "),

@@ -176,6 +176,13 @@ def test_long_texts_are_cut_between_paragraphs(size: int, end: str) -> None:
         place += piece.count("\n")
 
 
+def test_pieces_are_no_longer_than_a_record() -> None:
+    data = b"0123456789 words\n" * 100
+    records = list(read_text(io.BytesIO(data), "a.txt", Reading(max_record=100), Skipped()))  # type: ignore[arg-type]
+    assert b"".join(record.columns["text"].encode() for record in records) == data
+    assert {len(record.columns["text"]) for record in records} == {85}
+
+
 def test_a_line_longer_than_a_piece_stays_whole() -> None:
     data = b"a" * (PIECE + 10) + b"\n" + b"b" * 10
     records = list(read_text(io.BytesIO(data), "a.txt", Reading(), Skipped()))  # type: ignore[arg-type]
