@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from moai_llm.commands.sources import add_source_options, open_sources
+from moai_llm.commands.sources import add_source_options, open_sources, show_skipped
 from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
@@ -83,6 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         if unread:
             console.print(f"not read: {', '.join(unread)}", markup=False, soft_wrap=True)
         _show_examples(console, records, detected, reading.mapping)
+    show_skipped(console, skipped)
     if not found:
         raise MoaiError("the sources hold no records")
 

@@ -175,7 +175,8 @@ def _warn_of_long_conversations(console: Console, store: Store) -> None:
     if store.manifest.kind == "chat" and long:
         console.print(
             f"{long:,} of {len(store):,} conversations are longer than {default:,} tokens, the default data.seq_len: "
-            f"rows that are shorter cut their end off. The longest has {lengths.max():,}."
+            f"rows that are shorter cut their end off. The longest has {lengths.max():,}. --max-length TOKENS "
+            "--truncate turns leaves out their oldest turns instead."
         )
 
 
