@@ -203,7 +203,7 @@ def test_mistakes(fails: Moai, arguments: list[str], message: str) -> None:
         (["eval", "perplexity", "m", "--windw", "3"], "did you mean '--window'?"),
         (["tokenizer", "trane"], "invalid choice: 'trane'"),
         (["tokenizer"], "required: {train,extend,show,report,template}"),
-        (["data"], "required: {prepare,info,show}"),
+        (["data"], "required: {prepare,info,show,"),
         (["eval"], "required: perplexity"),
         (["generate", "m", "--prompt", "x", "--top-k", "many"], "invalid int value: 'many'"),
     ],
