@@ -78,7 +78,8 @@ def test_o200k_is_tiktokens_o200k(o200k: Tokenizer, cache: Path, real_documents:
 def test_o200k_on_disk(o200k: Tokenizer, tmp_path: Path, real_documents: list[str]) -> None:
     """transformers reads what we write, with the same ids."""
     theirs = AutoTokenizer.from_pretrained(o200k.save(tmp_path))
-    texts = [*HARD[:-2], *random.Random(0).sample(real_documents, 2000)]
+    plain = [text for text in real_documents if "<|" not in text]  # transformers reads names of control tokens as such
+    texts = [*HARD[:-2], *random.Random(0).sample(plain, 2000)]
     assert theirs(texts, add_special_tokens=False)["input_ids"] == o200k.encode_batch(texts)
     assert theirs.pad_token_id == o200k.pad_id and theirs.eos_token_id == o200k.eos_id
     talk = [{"role": "user", "content": "이자?"}, {"role": "assistant", "content": "돈"}]
