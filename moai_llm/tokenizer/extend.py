@@ -63,14 +63,6 @@ def extend_tokenizer(
     return extended
 
 
-def expansions(pairs: Pairs, first_id: int) -> dict[int, tuple[int, ...]]:
-    """New id -> the old ids it stands for, where token `first_id + i` joins `pairs[i]`."""
-    table: dict[int, tuple[int, ...]] = {}
-    for i, (left, right) in enumerate(pairs):
-        table[first_id + i] = table.get(left, (left,)) + table.get(right, (right,))
-    return table
-
-
 def new_tokens(base: Tokenizer, vocab_size: int) -> int:
     """How many tokens there are to learn.
 
@@ -146,9 +138,11 @@ def _check(base: Tokenizer, extended: Tokenizer, words: WordCounts) -> None:
 
 
 def old_ids(base: Tokenizer, extended: Tokenizer) -> dict[int, tuple[int, ...]]:
-    """`expansions` of an extended tokenizer, read from its merges."""
-    model = json.loads(extended.backend.to_str())["model"]
-    vocab = model["vocab"]
-    added = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    added = [(left, right) for left, right in added if vocab[left + right] >= base.vocab_size]
-    return expansions([(vocab[left], vocab[right]) for left, right in added], base.vocab_size)
+    """New id -> the ids of the base it stands for, by the merges that make it."""
+    bpe = read_bpe(extended.backend)
+    table: dict[int, tuple[int, ...]] = {}
+    for left, right in bpe.merges:
+        joined = bpe.ids[bpe.tokens[left] + bpe.tokens[right]]
+        if joined >= base.vocab_size:
+            table[joined] = table.get(left, (left,)) + table.get(right, (right,))
+    return table
