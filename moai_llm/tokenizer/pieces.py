@@ -17,7 +17,6 @@ from moai_llm.tokenizer.load import Tokenizer
 WHITESPACE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 JOINERS = "\u200c\u200d"  # they hold the parts of an emoji or of a word together
 HIDDEN = ("Cc", "Cf", "Cn", "Co", "Zl", "Zp", "Zs")  # categories of characters that draw nothing of their own
-BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Piece(NamedTuple):
@@ -51,9 +50,8 @@ class Vocabulary:
         self.special = {i: name for name, i in tokenizer.special_ids.items()}
         self.unknown = _unknown_id(backend)
         self.bytes_of = [b""] * (1 + max(names.values(), default=-1))
-        for name, i in names.items():
-            if i not in self.special:
-                self.bytes_of[i] = tokenizer.token_bytes(i) if self.exact else _spelled(name, steps)
+        for i in names.values():
+            self.bytes_of[i] = tokenizer.token_bytes(i)
         self._prefix = next((step["prefix"] for step in steps if step["type"] == "WordPiece"), "")
         self._continued = {i for name, i in names.items() if self._prefix and name.startswith(self._prefix)}
 
@@ -122,23 +120,6 @@ def _decoder_steps(backend: Any) -> list[dict[str, Any]]:
     spec = json.loads(decoder.__getstate__())
     steps: list[dict[str, Any]] = spec.get("decoders", [spec])
     return steps
-
-
-def _spelled(name: str, steps: list[dict[str, Any]]) -> bytes:
-    """The bytes a token adds to the text, from its name in the vocabulary and the steps that decode it."""
-    for step in steps:
-        kind = step["type"]
-        if kind == "ByteFallback" and (found := BYTE_NAME.fullmatch(name)):
-            return bytes([int(found[1], 16)])
-        if kind == "WordPiece":
-            name = name.removeprefix(step["prefix"])
-        elif kind == "Metaspace":
-            name = name.replace(step["replacement"], " ")
-        elif kind == "Replace" and "String" in step["pattern"]:
-            name = name.replace(step["pattern"]["String"], step["content"])
-        elif kind == "BPEDecoder" and name.endswith(step["suffix"]):
-            name = name.removesuffix(step["suffix"]) + " "
-    return name.encode("utf-8", "replace")
 
 
 def _unknown_id(backend: Any) -> int | None:
