@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moai_llm.commands.sources import add_reading_options, read_options, show_skipped
+from moai_llm.commands.sources import ReadProgress, add_reading_options, read_options, show_skipped
 from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
-    from moai_llm.data.sources import Skipped
     from moai_llm.tokenizer import Tokenizer
     from moai_llm.tokenizer.sample import Sample
 
@@ -108,14 +108,14 @@ def train(arguments: argparse.Namespace) -> None:
         )
         if mode == "ultrafast":
             console.print("--ultrafast learns from a fiftieth of the text and is for tests only: see the price below")
-        texts, skipped = _open(sources, arguments)
-        with _reading(console) as progress:
+        opened = _Sources(console, sources, arguments)
+        with opened.shown:
             sample = sample_texts(
-                texts,
-                budget, share=share, most_documents=arguments.max_documents, seed=arguments.seed, progress=progress,
+                opened.texts, budget, share=share, most_documents=arguments.max_documents, seed=arguments.seed,
+                progress=opened.progress,
             )  # fmt: skip
         _show_sample(console, sample)
-        show_skipped(console, skipped)
+        show_skipped(console, opened.skipped)
         words = count_words(sample)
     console.print(f"{len(words):,} distinct words")
     with _learning(console, f"learning {arguments.vocab_size:,} tokens", arguments.vocab_size) as learned:
@@ -156,16 +156,16 @@ def extend(arguments: argparse.Namespace) -> None:
     new = new_tokens(base, arguments.vocab_size)
     words = WordCounts()
     count = word_counter(base, words)
-    texts, skipped = _open(sources, arguments)
-    with _reading(console) as progress:
+    opened = _Sources(console, sources, arguments)
+    with opened.shown:
         sample = sample_texts(
-            texts, budget, share=share, most_documents=arguments.max_documents,
-            seed=arguments.seed, sink=None if budget else count, progress=progress,
+            opened.texts, budget, share=share, most_documents=arguments.max_documents,
+            seed=arguments.seed, sink=None if budget else count, progress=opened.progress,
         )  # fmt: skip
     for piece in sample:  # none where they were counted as they came
         count(piece)
     _show_sample(console, sample)
-    show_skipped(console, skipped)
+    show_skipped(console, opened.skipped)
     with _learning(console, f"learning {new:,} tokens beyond the {base.vocab_size:,} of the base", new) as learned:
         tokenizer = extend_tokenizer(base, words, arguments.vocab_size, progress=learned)
     tokenizer.save(arguments.out)
@@ -215,17 +215,27 @@ def by_language(sources: Sequence[str], languages: Sequence[str] | None) -> dict
     return found
 
 
-def _open(sources: Mapping[str, list[str]], arguments: argparse.Namespace) -> tuple[dict[str, Iterable[str]], Skipped]:
-    """The texts of each label, and the account of what is not read. Every source is there before any is read."""
-    from moai_llm.data.sources import Skipped, Source, expand, read_texts
+class _Sources:
+    """The texts of each label, how far reading them is, and the account of what is not read. Every source is there
+    before any is read.
+    """
 
-    reading, skipped = read_options(arguments), Skipped(arguments.skip_bad)
-    found = {label: expand(paths, skipped=skipped) for label, paths in sources.items()}
+    def __init__(self, console: Console, sources: Mapping[str, list[str]], arguments: argparse.Namespace) -> None:
+        from moai_llm.data.sources import Skipped, Source, expand, read_texts
 
-    def texts(sources: list[Source]) -> Iterator[str]:
-        return (text for text, _ in read_texts(sources, reading=reading, skipped=skipped))
+        self.skipped = Skipped(arguments.skip_bad)
+        found = {label: expand(paths, skipped=self.skipped) for label, paths in sources.items()}
+        self.shown = ReadProgress(console, [source for part in found.values() for source in part])
+        reading = replace(read_options(arguments), progress=self.shown.read)
 
-    return {label: texts(sources) for label, sources in found.items()}, skipped
+        def texts(sources: list[Source]) -> Iterator[str]:
+            return (text for text, _ in read_texts(sources, reading=reading, skipped=self.skipped))
+
+        self.texts: dict[str, Iterable[str]] = {label: texts(part) for label, part in found.items()}
+
+    def progress(self, label: str, documents: int, size: int) -> None:
+        if documents % 64 == 0:
+            self.shown.update(f"{label}, {documents:,} documents, {_size(size)}")
 
 
 def _mode(arguments: argparse.Namespace) -> str:
@@ -314,26 +324,6 @@ def _size(size: int) -> str:
         if size >= unit:
             return f"{size / unit:,.1f} {name}"
     return f"{size / 1e3:,.1f} kB"
-
-
-@contextmanager
-def _reading(console: Console) -> Iterator[Callable[[str, int, int], None]]:
-    """What is being read: a line that moves on a terminal, one every half a minute elsewhere."""
-    last = time.monotonic()
-    with console.status("reading ...") as status:
-
-        def report(label: str, documents: int, size: int) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if now - last > (0.2 if console.is_terminal else 30):
-                last = now
-                line = f"reading {label}: {documents:,} documents, {_size(size)}"
-                if console.is_terminal:
-                    status.update(line)
-                else:
-                    console.print(line)
-
-        yield report
 
 
 @contextmanager
