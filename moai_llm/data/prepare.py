@@ -13,8 +13,9 @@ from moai_llm.data.clean import Cleaner, cleaned_texts
 from moai_llm.data.code import CodeOptions, encode_documents
 from moai_llm.data.sft import ChatOptions, encode_record, read_conversations, read_pairs
 from moai_llm.data.sft.encode import Dropped, refuse_all_dropped
-from moai_llm.data.shards import Kind, Manifest, StoreWriter
+from moai_llm.data.shards import Kind, Manifest
 from moai_llm.data.sources import Reading, Skipped, Source, expand, read_records, read_texts
+from moai_llm.data.writer import StoreWriter
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 

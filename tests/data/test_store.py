@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moai_llm.data.prepare import prepare
-from moai_llm.data.shards import Store, StoreWriter
+from moai_llm.data.shards import Store
+from moai_llm.data.writer import StoreWriter
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.train import train_tokenizer

@@ -12,7 +12,8 @@ import torch
 from moai_llm.data.loader import Batch, Loader
 from moai_llm.data.prepare import prepare_chats
 from moai_llm.data.sft import ChatOptions, Dropped, Encoded, Messages, encode_conversation
-from moai_llm.data.shards import Store, StoreWriter
+from moai_llm.data.shards import Store
+from moai_llm.data.writer import StoreWriter
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.chat import render, set_template
