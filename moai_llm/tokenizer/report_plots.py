@@ -58,13 +58,24 @@ def values_as_text(values: Sequence[Bar]) -> str:
 
 
 def histogram(
-    title: str, number: int, behind: Sequence[float], front: Sequence[float], names: tuple[str, str], top: float
+    title: str,
+    number: int,
+    behind: Sequence[float],
+    front: Sequence[float],
+    names: tuple[str, str],
+    top: float,
+    *,
+    labels: Sequence[str],
+    unit: str,
+    ticks: Sequence[tuple[int, str]],
 ) -> str:
-    """Shares by length, from 1 on: wide pale bars behind narrow strong ones, on a scale of 0 to `top`.
+    """Shares by length: wide pale bars behind narrow strong ones, on a scale of 0 to `top`.
 
     Args:
-        number: which tokenizer, for its colour.
+        number: which tokenizer or store, for its colour.
         names: what the pale and the strong bars are.
+        labels: the length of each bar, in units.
+        ticks: which bars have something written below them, and what.
     """
     left, floor, step = 34, STEMS, (PANEL - 34) / len(behind)
     parts = []
@@ -80,15 +91,12 @@ def histogram(
                 parts.append(
                     f'<rect class="{color(number)}{style}" x="{x:.1f}" y="{floor - height:.1f}" '
                     f'width="{width * step:.1f}" height="{height:.1f}">'
-                    f"<title>{i + 1} bytes: {share:.1%} {escape(name)}</title></rect>"
+                    f"<title>{labels[i]} {unit}: {share:.1%} {escape(name)}</title></rect>"
                 )
-    last = len(behind)
-    for i in (1, last // 4, last // 2, last * 3 // 4, last):
-        label = f"{i}+" if i == last else str(i)
-        parts.append(
-            f'<text class="tick" x="{left + (i - 0.5) * step:.1f}" y="{floor + 15}" text-anchor="middle">{label}</text>'
-        )
-    description = f"wide bars {names[0]}, narrow bars {names[1]}, for tokens of 1 to {last} bytes and longer"
+    for i, label in ticks:
+        x = left + (i + 0.5) * step
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 15}" text-anchor="middle">{label}</text>')
+    description = f"wide bars {names[0]}, narrow bars {names[1]}, for {labels[0]} to {labels[-1]} {unit}"
     return _svg(title, description, PANEL, STEMS + 20, parts)
 
 
