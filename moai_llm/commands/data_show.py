@@ -61,8 +61,7 @@ def _show_row(store: Store, arguments: argparse.Namespace, console: Console) -> 
     for number, piece in enumerate(pieces):
         _show_piece(piece, piece.learned(), COLORS[number % len(COLORS)], tokenizer, console, store.parts())
     held = sum(piece.length for piece in pieces)
-    end = f"end of row {row:,}: {held:,} tokens of {len(pieces):,} documents, {size - held:,} of padding"
-    console.rule(end, align="left", style="dim")
+    _border(console, f"end of row {row:,}: {held:,} of {size:,} tokens, the rest is padding")
 
 
 def _show_piece(
@@ -76,8 +75,12 @@ def _show_piece(
     if piece.length < piece.of:
         title += f", tokens {piece.start:,} to {piece.start + piece.length - 1:,} of {piece.of:,}"
     title += f": {piece.length:,} tokens, {int(learned.sum()):,} learned"
-    console.rule(Text(title), align="left", style="dim")
+    _border(console, title)
     console.print(decoded(piece.ids(), learned, color, tokenizer, console), soft_wrap=True)
+
+
+def _border(console: Console, title: str) -> None:
+    console.rule(Text(f"── {title}"), align="left", style="dim")
 
 
 def _legend(console: Console) -> None:
@@ -122,5 +125,5 @@ def show_pair(store: Store, number: int, console: Console) -> None:
         ("chosen", pair.chosen, pair.chosen_learn, "green"),
         ("rejected", pair.rejected, pair.rejected_learn, "red"),
     ):
-        console.rule(name, align="left", style="dim")
+        _border(console, name)
         console.print(decoded(ids[pair.prompt :], learn[pair.prompt :], color, tokenizer, console), soft_wrap=True)

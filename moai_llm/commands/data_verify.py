@@ -59,7 +59,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _show(found: Verified, console: Console, quick: bool) -> None:
     problems = found.all_problems()
-    speed = "" if quick else f", {found.bytes / 1e6 / max(found.seconds, 1e-9):,.0f} MB/s"
+    timed = not quick and found.seconds > 1
+    speed = f", {found.bytes / 1e6 / found.seconds:,.0f} MB/s" if timed else ""
     verdict = f"{len(problems):,} problem{'s' * (len(problems) > 1)}" if problems else "sound"
     console.print(
         f"{found.path}: {verdict} ({found.bytes / 1e6:,.1f} MB{' not read' * quick}{speed})",
@@ -88,10 +89,10 @@ def _facts(found: Verified) -> dict[str, str]:
     if found.learned is not None:
         facts["learned"] = f"{found.learned:,} tokens ({found.learned / found.tokens:.1%})"
     if found.repeated is not None:
-        facts["repeated documents"] = f"{found.repeated.count:,}"
-        if found.repeated.count:
-            share = found.repeated.count / found.documents
-            first = f"document {found.repeated.document:,} is document {found.repeated.of:,} again"
+        facts["repeated documents"] = f"{found.repeated.documents:,}"
+        if found.repeated.documents:
+            share = found.repeated.documents / found.documents
+            first = f"document {found.repeated.first:,} is document {found.repeated.of:,} again"
             facts["repeated documents"] += f" ({share:.1%}), first: {first}"
     if found.unused_ids is not None:
         facts["ids never used"] = f"{found.unused_ids:,} of {found.vocab_size:,}"

@@ -13,8 +13,8 @@ BLOCK = 1 << 16  # documents between two writes
 
 
 class Repeated(NamedTuple):
-    count: int  # documents that were there before
-    document: int  # the first of them
+    documents: int  # that were there before
+    first: int  # of them
     of: int  # and what it repeats
 
 
@@ -37,7 +37,7 @@ class Digests:
 
     def add(self, tokens: np.ndarray, borders: np.ndarray) -> None:
         """The documents of a shard."""
-        content, size = memoryview(tokens.view(np.uint8)), tokens.itemsize
+        content, size = tokens.view(np.uint8).data, tokens.itemsize
         for start in range(0, len(borders) - 1, BLOCK):
             ends = (borders[start : start + BLOCK + 1] * size).tolist()
             hashes = [xxhash.xxh3_64_intdigest(content[a:b]) for a, b in zip(ends, ends[1:])]

@@ -121,7 +121,7 @@ def look(store: Store, seq_len: int, packing: str, overlong: str | None = None, 
 
 
 def pack_part(store: Store, lengths: np.ndarray, seq_len: int, packing: str, overlong: str | None) -> Packing:
-    """The rows of a plain store. Without `overlong` a conversation loses its end and a text is split, as training does."""
+    """The rows of a plain store. Without `overlong` a conversation loses its end, and a text is split."""
     default = "truncate" if store.manifest.kind == "chat" else "split"
     return pack(lengths, seq_len, packing, overlong or default)
 

@@ -62,9 +62,8 @@ def _lengths(overview: Overview) -> Iterator[str]:
     named += [(part.name, part.lengths) for part in overview.parts]
     most = max((lengths for _, lengths in named), key=lambda lengths: len(lengths.bins)).bins
     top = round_up(max(max(lengths.documents + lengths.tokens) for _, lengths in named))
-    yield from side_by_side(
-        [(name, "tokens", _histogram(i, name, each, most, top)) for i, (name, each) in enumerate(named)]
-    )
+    panels = [(name, "tokens", _histogram(i, name, each, most, top)) for i, (name, each) in enumerate(named)]
+    yield from side_by_side(panels, wide=len(panels) == 1)
     yield "<h2>Which documents fit into a row</h2>"
     yield (
         f"<p>The share of the tokens that lie in documents up to a length. Rows of {overview.seq_len:,} tokens hold "
@@ -75,7 +74,8 @@ def _lengths(overview: Overview) -> Iterator[str]:
     end = max(most[-1], 2)
     step = max(1, -(-(len(most) - 1) // 5))
     ticks = [(float(2**i), _short(2**i)) for i in sorted({*range(0, len(most), step), 0, end.bit_length() - 1})]
-    yield lines("Tokens by length", series, x_label="tokens in a document", x_ticks=ticks, log_x=True, top=1.0)
+    yield lines("Tokens by length", series, x_label="tokens in a document", x_ticks=ticks, log_x=True, top=1.0,
+                mark=(float(overview.seq_len), "a row"))  # fmt: skip
     if len(series) > 1:
         yield _legend([line.name for line in series])
     yield '</section><section class="card">'
@@ -128,15 +128,17 @@ def _rows(overview: Overview) -> Iterator[str]:
     values = [Bar(rows.packing, rows.fullness, f"{rows.fullness:.1%}") for rows in overview.packings]
     yield bars("Share of the rows that is text", values, 1.0)
     yield '</section><section class="card">'
-    columns = ["packing", "rows", "full", "cut", "dropped", "tokens lost", f"wait of {RANKS} ranks"]
-    yield framed(
-        "What each way of packing makes", *plain_table(columns, [(r.packing, _cells(r)) for r in overview.packings])
-    )
+    columns = ["packing", "rows", "full", "cut", "dropped", "lost"]
+    note = "Cut and dropped are documents, lost are tokens."
+    if not overview.strategy:
+        columns.append("wait")
+        note += (
+            f" The wait is the share of the time in attention that {RANKS} ranks with a row each wait for the slowest."
+        )
+    table = [(rows.packing, _cells(rows)[: len(columns) - 1]) for rows in overview.packings]
+    yield framed("What each way of packing makes", *plain_table(columns, table))
     yield "</section></div>"
-    yield (
-        '<p class="note">Cut and dropped are documents. The wait is the share of the time in attention that ranks with '
-        "a row each wait for the slowest; it is not known for stores that are merged, and for few rows.</p>"
-    )
+    yield f'<p class="note">{note}</p>'
 
 
 def _cells(rows: Rows) -> list[str]:

@@ -26,9 +26,9 @@ def frame(title: str, sections: Iterable[str], data: Mapping[str, Any]) -> str:
     )
 
 
-def side_by_side(panels: Sequence[tuple[str, str, str]]) -> Iterator[str]:
+def side_by_side(panels: Sequence[tuple[str, str, str]], *, wide: bool = False) -> Iterator[str]:
     """Plots, each with its name and its unit."""
-    yield '<div class="grid">'
+    yield f'<div class="grid{" wide" * wide}">'
     for label, unit, svg in panels:
         small = f'<span class="count">{escape(unit)}</span>' if unit else ""
         yield f'<section class="card"><h3>{small}{escape(label)}</h3>{svg}</section>'

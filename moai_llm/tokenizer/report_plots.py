@@ -108,6 +108,7 @@ def lines(
     x_ticks: Sequence[tuple[float, str]],
     log_x: bool = False,
     top: float | None = None,
+    mark: tuple[float, str] | None = None,
 ) -> str:
     """Shares over something, one line a tokenizer; y is a share of 1 and shown in percent.
 
@@ -115,6 +116,7 @@ def lines(
         x_ticks: (place, label) along the bottom; the first and last are the ends of the scale.
         log_x: a logarithmic scale.
         top: the largest share of the scale; the largest there is, rounded up, when None.
+        mark: a place along the bottom that gets an upright line, and what is written beside it.
     """
 
     def scale(x: float) -> float:
@@ -137,6 +139,11 @@ def lines(
         parts.append(
             f'<text class="tick" x="{scale(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>'
         )
+    if mark is not None and x_ticks[0][0] <= mark[0] <= x_ticks[-1][0]:
+        x, left = scale(mark[0]), scale(mark[0]) > (LEFT + WIDTH) / 2
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text class="tick" x="{x - 5 if left else x + 5:.1f}" y="{TOP + 10}" '
+                     f'text-anchor="{"end" if left else "start"}">{escape(mark[1])}</text>')  # fmt: skip
     parts.append(f'<text class="axis" x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">'
                  f"{escape(x_label)}</text>")  # fmt: skip
     for i, line in enumerate(series):

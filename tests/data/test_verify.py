@@ -287,5 +287,5 @@ def test_documents_that_two_parts_hold(stores: Path, tokenizer: Tokenizer) -> No
     copy = write_store(stores / "more", tokenizer, some_documents(tokenizer, 31, 0))  # one more than `text`
     merged = merge(MergeSpec((str(stores / "text"), str(copy.path))), stores / "both")
     repeated = verify(merged.path).repeated
-    assert repeated is not None and (repeated.count, repeated.document, repeated.of) == (30, 30, 0)
+    assert repeated is not None and (repeated.documents, repeated.first, repeated.of) == (30, 30, 0)
     assert asdict(merged.manifest)["documents"] == 61
