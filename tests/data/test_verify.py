@@ -25,7 +25,7 @@ from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 from tests.data.stores import some_documents, write_store
 
-CORRUPTIONS = 210
+CORRUPTIONS = 200
 SEQ_LEN = 64
 
 
@@ -89,18 +89,20 @@ def test_whatever_happens_to_a_store_is_found(sound: Path, stores: Path) -> None
     refused = unnoticed = 0
     for seed in range(CORRUPTIONS):
         file = files[seed % len(files)]
-        done = f"{seed}, {file}: {damage(stores / file, np.random.default_rng(seed))}"
+        how = damage(stores / file, np.random.default_rng(seed))
+        done = f"{seed}, {file}: {how}"
         which = file.parts[0] if seed // len(files) % 2 else "mix"
         problems = verify(stores / which).all_problems()
         assert any(str(stores / file.parts[0]) in problem.file for problem in problems), done
         try:
             read = rows(stores / which)
-            assert file.suffix == ".bin" or all(torch.equal(read[k], expected[which][k]) for k in read), done
-            unnoticed += 1
+            same = all(torch.equal(read[key], expected[which][key]) for key in read)
+            assert same or (file.suffix == ".bin" and how.startswith(("flip", "zero"))), done
+            unnoticed += not same
         except MoaiError:
             refused += 1
         shutil.copyfile(sound / file, stores / file)
-    assert refused > 5 * unnoticed > 0  # not every damage is met: a token that became another one is
+    assert refused > 5 * unnoticed > 0  # a token that became another one is seen by its checksum alone
 
 
 def change_manifest(store: Path, change: Callable[[dict], object], seal: bool = True) -> None:  # type: ignore[type-arg]
