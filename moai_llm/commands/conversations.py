@@ -1,10 +1,9 @@
-"""What `moai data` knows of conversations: the options of `prepare`, the verb `schema`, how a preference pair looks."""
+"""What `moai data` knows of conversations: the options of `prepare` and the verb `schema`."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Collection, Sequence
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -15,7 +14,7 @@ from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
     from moai_llm.data.sft import ChatOptions, Detected
-    from moai_llm.data.shards import Kind, Store
+    from moai_llm.data.shards import Kind
     from moai_llm.data.sources import Record
 
 EXAMPLES, LINES = 2, 12  # conversations of a source that are shown, lines of a message
@@ -154,31 +153,3 @@ def _as_text(messages: Sequence[dict[str, Any]]) -> Text:
         for call in message.get("tool_calls", ()):
             text.append(f"  calls {call['name']}({call['arguments']})\n", style=COLORS[role])
     return text
-
-
-def show_pair(store: Store, number: int) -> None:
-    """Print both answers of a preference pair, below the prompt they share; what is learned is in colour.
-
-    Raises:
-        MoaiError: there is no such pair.
-    """
-    from moai_llm.data.preference import Pairs
-
-    pairs, tokenizer, console = Pairs(store), store.tokenizer(), make_console()
-    if not 0 <= number < len(pairs):
-        raise MoaiError(f"there are {len(pairs)} pairs, counted from 0")
-    pair = pairs[number]
-
-    def decoded(ids: Any, learn: Any, color: str) -> Text:
-        text = Text()
-        for wanted, run in groupby(zip(ids.tolist(), learn.tolist()), key=lambda token: token[1]):
-            text.append(tokenizer.decode([i for i, _ in run]), style=color if wanted else "dim")
-        return text
-
-    console.print(decoded(pair.chosen[: pair.prompt], pair.chosen_learn[: pair.prompt], "dim"), soft_wrap=True)
-    for name, ids, learn, color in (
-        ("chosen", pair.chosen, pair.chosen_learn, "green"),
-        ("rejected", pair.rejected, pair.rejected_learn, "red"),
-    ):
-        console.rule(name, align="left", style="dim")
-        console.print(decoded(ids[pair.prompt :], learn[pair.prompt :], color), soft_wrap=True)

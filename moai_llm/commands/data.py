@@ -1,34 +1,38 @@
-"""Prepare text or conversations for training, and look inside what was prepared."""
+"""Prepare text or conversations for training, merge, verify and look inside what was prepared."""
 
 from __future__ import annotations
 
 import argparse
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
-from moai_llm.commands import conversations, data_clean
+from moai_llm.commands import conversations, data_clean, data_info, data_merge, data_show, data_verify
 from moai_llm.commands.sources import ReadProgress, add_source_options, open_sources, show_skipped
-from moai_llm.recipe import DataConfig, OverlongName, PackingName
+from moai_llm.recipe import DataConfig
 from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
     from moai_llm.data.clean import Cleaner
     from moai_llm.data.code import CodeOptions
-    from moai_llm.data.loader import Loader
     from moai_llm.data.prepare import Report
     from moai_llm.data.shards import Store
 
 
-RANKS = 8  # for which `info` says how even the work is
+# verb -> (what adds its arguments and runs it, what it does), of those that work on prepared stores
+STORES = {
+    "merge": (data_merge, "several stores as one, each with its share of the rows; nothing is copied"),
+    "verify": (data_verify, "whether stores are what they were when they were written"),
+    "info": (data_info, "what is in a store"),
+    "show": (data_show, "decode packed rows: documents in colours, what is not learned in grey"),
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    names = "{prepare,schema,info,show,clean,dedup,contamination}"
+    names = "{" + ",".join(["prepare", "schema", *STORES, "clean", "dedup", "contamination"]) + "}"
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
     prepare = verbs.add_parser("prepare", help="tokenise sources into a store")
     add_source_options(prepare)
@@ -59,36 +63,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     prepare.add_argument("--overwrite", action="store_true", help="replace a store that is there")
     conversations.configure(verbs.add_parser("schema", help="what conversations look like, before they are prepared"))
-    info = verbs.add_parser("info", help="what is in a store")
-    info.add_argument("store", help="a prepared store")
-    info.add_argument("--seq-len", type=int, default=1024, help="row length to show the packing of")
-    _add_packing(info)
-    show = verbs.add_parser("show", help="decode packed rows: documents in colours, what is not learned in grey")
-    show.add_argument("store", help="a prepared store")
-    show.add_argument("row", type=int, nargs="?", default=0, help="which row, counted from 0 (default 0)")
-    show.add_argument("--seq-len", type=int, default=256, help="tokens in a row (default 256)")
-    _add_packing(show)
+    for verb, (module, what) in STORES.items():
+        module.configure(verbs.add_parser(verb, help=what))
     data_clean.add_verbs(verbs)
-
-
-def _add_packing(parser: argparse.ArgumentParser) -> None:
-    default = DataConfig().packing
-    parser.add_argument(
-        "--packing", choices=get_args(PackingName), default=default, help=f"as data.packing of a recipe ({default})"
-    )
-    parser.add_argument(
-        "--overlong",
-        choices=get_args(OverlongName),
-        help="as data.overlong of a recipe, for documents longer than a row",
-    )
 
 
 def run(arguments: argparse.Namespace) -> None:
     {
         "prepare": _prepare,
         "schema": conversations.run,
-        "info": _info,
-        "show": _show,
+        **{verb: module.run for verb, (module, _) in STORES.items()},
         "clean": data_clean.run_clean,
         "dedup": data_clean.run_dedup,
         "contamination": data_clean.run_contamination,
@@ -194,89 +178,3 @@ def show_report(console: Console, report: Report) -> None:
     if report.cut:
         console.print(f"{report.cut:,} of those kept were longer than --max-length and lost a part")
     show_skipped(console, report.skipped)
-
-
-def _info(arguments: argparse.Namespace) -> None:
-    store = _open(arguments.store)
-    manifest, lengths = store.manifest, store.lengths()
-    ordered = sorted(lengths)
-    typical = ", ".join(f"p{q} {ordered[min(len(ordered) - 1, len(ordered) * q // 100)]:,}" for q in (50, 90, 99))
-    facts = {
-        "kind": manifest.kind,
-        "documents": f"{len(store):,}",
-        "tokens": f"{manifest.tokens:,}",
-        "bytes per token": f"{manifest.text_bytes / manifest.tokens:.2f}",
-        "vocabulary": f"{manifest.vocab_size:,}",
-        "stored as": manifest.dtype,
-        "document length": f"{typical}, max {ordered[-1]:,}",
-        **({} if manifest.kind == "preference" else _facts_of_rows(store, arguments)),  # pairs are not packed
-        "damage": "; ".join(store.problems()) or "none",
-    }
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for name, value in facts.items():
-        table.add_row(name, value)
-    make_console().print(table)
-
-
-def _facts_of_rows(store: Store, arguments: argparse.Namespace) -> dict[str, str]:
-    from moai_llm.data.loader import Loader
-
-    loader = Loader(store, arguments.seq_len, packing=arguments.packing, overlong=arguments.overlong, step_rows=RANKS)
-    packing = loader.packing
-    return {
-        f"rows of {arguments.seq_len}": f"{len(loader):,}, {packing.efficiency:.1%} full",
-        "documents cut": f"{packing.cut_documents:,}",
-        "documents dropped": f"{packing.dropped_documents:,}",
-        "dropped tokens": f"{packing.dropped_tokens:,}",
-        "attention wait": _attention_wait(loader),
-    }
-
-
-def _attention_wait(loader: Loader) -> str:
-    """How much longer than needed attention takes where `RANKS` ranks do one row each and wait for each other."""
-    import numpy as np
-
-    from moai_llm.data.balance import imbalance, rows_of_stream
-
-    steps = len(loader) // RANKS
-    if not steps:
-        return f"fewer than {RANKS} rows"
-    order = rows_of_stream(np.arange(steps * RANKS), len(loader), seed=0, step=loader.group)
-    return f"{imbalance(loader.packing.costs()[order].reshape(steps, RANKS)):.0%} of the time with {RANKS} ranks"
-
-
-def _show(arguments: argparse.Namespace) -> None:
-    from moai_llm.data.loader import Loader
-
-    store = _open(arguments.store)
-    if store.manifest.kind == "preference":
-        conversations.show_pair(store, arguments.row)
-        return
-    loader = Loader(store, arguments.seq_len, seed=None, packing=arguments.packing, overlong=arguments.overlong)
-    tokenizer = store.tokenizer()
-    if not 0 <= arguments.row < len(loader):
-        raise MoaiError(f"there are {len(loader)} rows, counted from 0")
-    row = {key: tensor.tolist() for key, tensor in loader.row(arguments.row).items()}
-    names = {i: token.encode() for token, i in tokenizer.special_ids.items()}
-    colors = ("cyan", "green", "yellow", "magenta")
-    runs: list[
-        tuple[str, bytes]
-    ] = []  # a character may be spread over tokens, so bytes of one style are decoded together
-    for token, label, document in zip(row["input_ids"], row["labels"], row["seq_idx"]):
-        if token == tokenizer.pad_id:
-            continue
-        style = "dim" if label == -100 else colors[document % len(colors)]
-        piece = names.get(token) or tokenizer.token_bytes(token)
-        if runs and runs[-1][0] == style:
-            piece = runs.pop()[1] + piece
-        runs.append((style, piece))
-    line = Text()
-    for style, piece in runs:
-        line.append(piece.decode("utf-8", "replace"), style=style)
-    make_console().print(line)
-
-
-def _open(path: str) -> Store:
-    from moai_llm.data.shards import Store
-
-    return Store(path)

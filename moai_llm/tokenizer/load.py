@@ -233,7 +233,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if value is not None:
             roles[role] = value["content"] if isinstance(value, dict) else value
     template_file = file.with_name("chat_template.jinja")
-    template = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
+    try:
+        template = template_file.read_text(encoding="utf-8") if template_file.is_file() else config.get("chat_template")
+    except UnicodeDecodeError as error:
+        raise MoaiError(f"{template_file} is not text in UTF-8: {error}") from None
     if isinstance(template, list):  # several by name, as older files have them
         template = next((t["template"] for t in template if t.get("name") == "default"), None)
     return Tokenizer(backend, roles, template)
@@ -249,6 +252,9 @@ def _read_config(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise MoaiError(f"{file} is not readable JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise MoaiError(f"{file} is not an object of JSON")
+    return config

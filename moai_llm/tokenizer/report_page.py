@@ -5,18 +5,16 @@ Its tables are those of the terminal, and the numbers of the JSON file lie in it
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from html import escape
-from pathlib import Path
 
 from moai_llm.tokenizer.counts import Row
 from moai_llm.tokenizer.pieces import Piece, shortened
 from moai_llm.tokenizer.report import Entry, Report, decimal, percent
+from moai_llm.tokenizer.report_frame import frame, framed, plain_table, side_by_side
 from moai_llm.tokenizer.report_plots import Bar, Line, bars, color, histogram, lines, round_up
 from moai_llm.tokenizer.report_table import NOTES, Sheet, amount, sheets
 
-STYLE = Path(__file__).with_name("report.css")
 ALL_BACK = '<b class="good">all</b>'
 TINTS = 4  # classes t0 .. t3, neighbouring tokens take turns
 LANGUAGES = ("ko", "en", "ja", "zh")  # labels that are language tags: how their text is to be read and drawn
@@ -24,14 +22,7 @@ LANGUAGES = ("ko", "en", "ja", "zh")  # labels that are language tags: how their
 
 def page(report: Report) -> str:
     """The whole page."""
-    data = json.dumps(report.to_dict(), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    body = "\n".join(_sections(report))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Tokenizer report</title>\n'
-        f"<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
-        f'<script type="application/json" id="report">{data}</script>\n</body>\n</html>\n'
-    )
+    return frame("Tokenizer report", _sections(report), report.to_dict())
 
 
 def _sections(report: Report) -> Iterator[str]:
@@ -91,7 +82,7 @@ def _lengths(report: Report) -> Iterator[str]:
     for text, of_label in zip(report.texts, rows):
         values = [_bar(entry, row, row.bytes_per_token) for entry, row in zip(report.entries, of_label)]
         panels.append((text.label, "", bars(f"Bytes per token, {text.label}", values, largest)))
-    yield from _panels(panels)
+    yield from side_by_side(panels)
 
 
 def _fertility(report: Report) -> Iterator[str]:
@@ -114,7 +105,7 @@ def _fertility(report: Report) -> Iterator[str]:
             marks = [_bar(entry, entry.rows[i], value) for entry, value in zip(report.entries, values[i])]
             label = report.texts[i].label
             panels.append((label, unit, bars(f"{unit}, {label}", marks, largest)))
-        yield from _panels(panels)
+        yield from side_by_side(panels)
     if report.parallel:
         first, *rest = report.parallel
         yield "<h2>The same text in each language</h2>"
@@ -128,19 +119,11 @@ def _fertility(report: Report) -> Iterator[str]:
             row = next(i for i, text in enumerate(report.texts) if text.label == label)
             marks = [_bar(entry, entry.rows[row], entry.parity[label]) for entry in report.entries]
             panels.append((label, f"tokens, {first} = 1", bars(f"Tokens relative to {first}, {label}", marks, largest)))
-        yield from _panels(panels)
+        yield from side_by_side(panels)
 
 
 def _bar(entry: Entry, row: Row, value: float) -> Bar:
     return Bar(entry.name, value, decimal(value), row.round_trip_failures > 0)
-
-
-def _panels(panels: Sequence[tuple[str, str, str]]) -> Iterator[str]:
-    yield '<div class="grid">'
-    for label, unit, svg in panels:
-        small = f'<span class="count">{escape(unit)}</span>' if unit else ""
-        yield f'<section class="card"><h3>{small}{escape(label)}</h3>{svg}</section>'
-    yield "</div>"
 
 
 def _vocabulary(report: Report) -> Iterator[str]:
@@ -151,13 +134,17 @@ def _vocabulary(report: Report) -> Iterator[str]:
     )
     shares = [(_shares(entry.vocabulary_lengths), _shares(entry.text_lengths)) for entry in report.entries]
     top = round_up(max(max(a + b) for a, b in shares))
+    last = len(shares[0][0])
+    labels = [*map(str, range(1, last)), f"{last}+"]
     panels = []
     for i, (entry, (behind, front)) in enumerate(zip(report.entries, shares)):
         svg = histogram(
-            f"Length of tokens, {entry.name}", i, behind, front, ("of the vocabulary", "of the text"), top
+            f"Length of tokens, {entry.name}", i, behind, front, ("of the vocabulary", "of the text"), top,
+            labels=labels, unit="bytes",
+            ticks=[(i, labels[i]) for i in (0, *(last * n // 4 - 1 for n in (1, 2, 3, 4)))],
         )  # fmt: skip
         panels.append((entry.name, "bytes", svg))
-    yield from _panels(panels)
+    yield from side_by_side(panels)
     yield "<h2>How much of the vocabulary the text needs</h2>"
     yield "<p>The share of the text that the most frequent ids make up. A line ends at the number of ids it uses.</p>"
     most = max((k for entry in report.entries for k, _ in entry.coverage), default=1)
@@ -170,22 +157,13 @@ def _vocabulary(report: Report) -> Iterator[str]:
     rows = [(entry.name, [*(f"{entry.ids_for_share.get(n, 0):,}" for n in names), f"{entry.total.ids_used:,}"])
             for entry in report.entries]  # fmt: skip
     columns = [*(f"{float(name):.0%}" for name in names), "100%"]
-    yield _framed("ids that make up a share of the text", *_plain_table(["tokenizer", *columns], rows))
+    yield framed("ids that make up a share of the text", *plain_table(["tokenizer", *columns], rows))
     yield "</section></div>"
 
 
 def _shares(counts: Sequence[int]) -> list[float]:
     whole = max(1, sum(counts))
     return [count / whole for count in counts]
-
-
-def _plain_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> tuple[str, str]:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
-    body = [
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{value}</td>" for value in values)}</tr>'
-        for name, values in rows
-    ]
-    return head, "".join(body)
 
 
 def _legend(report: Report) -> str:
@@ -235,7 +213,7 @@ def _tables(report: Report) -> Iterator[str]:
         yield from (f'<p class="note">{escape(note)}</p>' for note in sheet.notes)
     rows = [(t.label, [f"{t.documents:,}", f"{t.bytes:,}", f"{t.characters:,}", f"{t.words:,}"]) for t in report.texts]
     columns = ["text", "documents", "bytes", "characters", "words"]
-    yield _framed("The texts", *_plain_table(columns, rows))
+    yield framed("The texts", *plain_table(columns, rows))
     yield "<footer>Made by <code>moai tokenizer report</code>. The numbers lie in this file as JSON, too.</footer>"
 
 
@@ -248,12 +226,4 @@ def _table(sheet: Sheet) -> str:
             style, mark = ("best", "*") if cell.best else ("lossy", "!") if cell.lossy else ("", "")
             shown.append(f"<td{f' class={style!r}' * bool(style)}>{escape(cell.text)}{mark}</td>")
         body.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(shown)}</tr>')
-    return _framed(sheet.heading, head, "".join(body))
-
-
-def _framed(caption: str, head: str, body: str) -> str:
-    name = escape(caption, quote=True)
-    return (
-        f'<div class="scroll" role="region" aria-label="{name}" tabindex="0"><table><caption>{name}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    return framed(sheet.heading, head, "".join(body))

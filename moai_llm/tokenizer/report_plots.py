@@ -58,13 +58,24 @@ def values_as_text(values: Sequence[Bar]) -> str:
 
 
 def histogram(
-    title: str, number: int, behind: Sequence[float], front: Sequence[float], names: tuple[str, str], top: float
+    title: str,
+    number: int,
+    behind: Sequence[float],
+    front: Sequence[float],
+    names: tuple[str, str],
+    top: float,
+    *,
+    labels: Sequence[str],
+    unit: str,
+    ticks: Sequence[tuple[int, str]],
 ) -> str:
-    """Shares by length, from 1 on: wide pale bars behind narrow strong ones, on a scale of 0 to `top`.
+    """Shares by length: wide pale bars behind narrow strong ones, on a scale of 0 to `top`.
 
     Args:
-        number: which tokenizer, for its colour.
+        number: which tokenizer or store, for its colour.
         names: what the pale and the strong bars are.
+        labels: the length of each bar, in units.
+        ticks: which bars have something written below them, and what.
     """
     left, floor, step = 34, STEMS, (PANEL - 34) / len(behind)
     parts = []
@@ -80,15 +91,12 @@ def histogram(
                 parts.append(
                     f'<rect class="{color(number)}{style}" x="{x:.1f}" y="{floor - height:.1f}" '
                     f'width="{width * step:.1f}" height="{height:.1f}">'
-                    f"<title>{i + 1} bytes: {share:.1%} {escape(name)}</title></rect>"
+                    f"<title>{labels[i]} {unit}: {share:.1%} {escape(name)}</title></rect>"
                 )
-    last = len(behind)
-    for i in (1, last // 4, last // 2, last * 3 // 4, last):
-        label = f"{i}+" if i == last else str(i)
-        parts.append(
-            f'<text class="tick" x="{left + (i - 0.5) * step:.1f}" y="{floor + 15}" text-anchor="middle">{label}</text>'
-        )
-    description = f"wide bars {names[0]}, narrow bars {names[1]}, for tokens of 1 to {last} bytes and longer"
+    for i, label in ticks:
+        x = left + (i + 0.5) * step
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{floor + 15}" text-anchor="middle">{label}</text>')
+    description = f"wide bars {names[0]}, narrow bars {names[1]}, for {labels[0]} to {labels[-1]} {unit}"
     return _svg(title, description, PANEL, STEMS + 20, parts)
 
 
@@ -100,6 +108,7 @@ def lines(
     x_ticks: Sequence[tuple[float, str]],
     log_x: bool = False,
     top: float | None = None,
+    mark: tuple[float, str] | None = None,
 ) -> str:
     """Shares over something, one line a tokenizer; y is a share of 1 and shown in percent.
 
@@ -107,6 +116,7 @@ def lines(
         x_ticks: (place, label) along the bottom; the first and last are the ends of the scale.
         log_x: a logarithmic scale.
         top: the largest share of the scale; the largest there is, rounded up, when None.
+        mark: a place along the bottom that gets an upright line, and what is written beside it.
     """
 
     def scale(x: float) -> float:
@@ -129,6 +139,11 @@ def lines(
         parts.append(
             f'<text class="tick" x="{scale(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{label}</text>'
         )
+    if mark is not None and x_ticks[0][0] <= mark[0] <= x_ticks[-1][0]:
+        x, left = scale(mark[0]), scale(mark[0]) > (LEFT + WIDTH) / 2
+        parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(f'<text class="tick" x="{x - 5 if left else x + 5:.1f}" y="{TOP + 10}" '
+                     f'text-anchor="{"end" if left else "start"}">{escape(mark[1])}</text>')  # fmt: skip
     parts.append(f'<text class="axis" x="{(LEFT + WIDTH) / 2:.0f}" y="{HEIGHT - 4}" text-anchor="middle">'
                  f"{escape(x_label)}</text>")  # fmt: skip
     for i, line in enumerate(series):

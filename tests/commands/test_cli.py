@@ -205,7 +205,7 @@ def test_mistakes(fails: Moai, arguments: list[str], message: str) -> None:
         (["eval", "perplexity", "m", "--windw", "3"], "did you mean '--window'?"),
         (["tokenizer", "trane"], "invalid choice: 'trane'"),
         (["tokenizer"], "required: {train,extend,show,report,transfer,template}"),
-        (["data"], "required: {prepare,schema,info,show,clean,dedup,contamination}"),
+        (["data"], "required: {prepare,schema,merge,verify,info,show,clean,dedup,contamination}"),
         (["eval"], "required: perplexity"),
         (["generate", "m", "--prompt", "x", "--top-k", "many"], "invalid int value: 'many'"),
     ],

@@ -184,7 +184,15 @@ def test_one_tokenizer_one_text(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("width", [360, 1280])
 def test_in_a_browser_nothing_is_wider_than_the_screen(text: str, tmp_path: Path, width: int) -> None:
-    """The page in a frame of a phone's width; a script that only this test adds says how wide it became."""
+    seen = seen_in_browser(text, tmp_path, width)
+    assert seen["wide"] <= width and seen["plots"] > 10
+    assert seen["smallest"] > 10  # pixels: the letters of a plot can be read
+
+
+def seen_in_browser(text: str, tmp_path: Path, width: int) -> dict[str, float]:
+    """The page in a frame of this width; a script that only this adds says how wide it became. Skips without a
+    browser.
+    """
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on the path")
@@ -203,6 +211,4 @@ def test_in_a_browser_nothing_is_wider_than_the_screen(text: str, tmp_path: Path
     if done.returncode:
         pytest.skip(f"{browser} does not start here: {done.stderr[-300:]}")
     (title,) = re.findall(r"<title>(\{.*?\})</title>", done.stdout)
-    seen = json.loads(html.unescape(title))
-    assert seen["wide"] <= width and seen["plots"] > 10
-    assert seen["smallest"] > 10  # pixels: the letters of a plot can be read
+    return dict(json.loads(html.unescape(title)))
