@@ -55,8 +55,8 @@ class Quotas:
         self.shares = [part / sum(parts) for part in parts]
         if min(self.shares) < SMALLEST:
             raise MoaiError(
-                f"a share of {min(self.shares):.1e} is less than one row in {1 / SMALLEST:,.0f}: leave that source out, "
-                "or join it with another"
+                f"a share of {min(self.shares):.1e} is less than one row in {1 / SMALLEST:,.0f}: leave that source "
+                "out, or join it with another"
             )
         scale = max(2, 2 * len(parts) - 2)
         self._slack = sum(parts)  # d in units of 1 / unit
