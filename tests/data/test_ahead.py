@@ -114,6 +114,7 @@ def test_torch_keeps_its_threads(tmp_path: Path, tokenizer: Tokenizer) -> None:
 # ---------------------------------------------------------------- kill
 
 PLAN = """
+import hashlib
 from moai_llm.data.loader import Loader, Source, Stage
 from moai_llm.data.shards import Store
 
