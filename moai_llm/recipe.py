@@ -94,7 +94,7 @@ class DataConfig:
     #: threads that make batches ahead of the training; 0: none, they are made in between
     workers: Annotated[int, Ge(0)] = 1
     #: steps they are ahead
-    prefetch: Count = 2
+    prefetch: Count = 4
     #: batches in memory that a CUDA device copies from by itself; None: where the device is one
     pin_memory: bool | None = None
     #: read all tokens into memory at the start, instead of where they are needed

@@ -54,7 +54,7 @@ def test_what_is_given_replaces_what_the_file_says(tmp_path) -> None:  # type: i
         ("data.train=[{store: a, weight: 0}]", r":\n  data.train.0.weight: input should be greater than 0, got 0$"),
         ("data.train=[{store: a, weight: 1}, b]", "data.train gives a weight to some of its stores"),
         ("data.stages=[{train: a, untill: 3}]", r"data.stages.0.untill: unknown key \(did you mean 'until'\?\)"),
-        ("data.stages=[{train: [{stor: a}], until: 3}]", r"stages.0.train.0.stor: unknown key \(did you mean 'store'\?\)"),
+        ("data.stages=[{train: [{stor: a}], until: 3}]", r"train.0.stor: unknown key \(did you mean .store.\?\)"),
         ("data.stages=[{train: a}, {train: b}]", "data.stages.0 has no end, so the next stage never comes"),
         ("data.stages=[{train: a, until: 1, epochs: 1}]", "data.stages.0 ends by `until` or by `epochs`"),
         ("data.stages=[{train: [], epochs: 1}]", "data.stages.0.train is an empty list"),

@@ -31,7 +31,7 @@ class Ahead:
     """
 
     def __init__(
-        self, read: Callable[[int], Batch], first: int, last: int | None = None, *, workers: int = 1, prefetch: int = 2
+        self, read: Callable[[int], Batch], first: int, last: int | None = None, *, workers: int = 1, prefetch: int = 4
     ) -> None:
         self.waited = 0.0
         self._read, self._next, self._last = read, first, last
