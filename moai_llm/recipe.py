@@ -38,7 +38,7 @@ LOSS_PARAMS = {
 }
 PackingName = Literal["best-fit", "balanced", "next-fit", "concat", "none"]  # data/packing.py says what they do
 OverlongName = Literal["split", "truncate", "drop"]
-MAY_CHANGE = ("workers", "prefetch", "pin_memory", "cache")  # keys of `data` that change no batch
+MAY_CHANGE = ("workers", "prefetch", "pin_memory")  # keys of `data` that change no batch
 LENGTHS = ("steps", "tokens", "epochs")  # keys of `train`: exactly one says how long
 
 # what other trainers call it -> where it lives here
@@ -97,8 +97,6 @@ class DataConfig:
     prefetch: Count = 4
     #: batches in memory that a CUDA device copies from by itself; None: where the device is one
     pin_memory: bool | None = None
-    #: read all tokens into memory at the start, instead of where they are needed
-    cache: bool = False
 
     def run(self) -> list[StageConfig]:
         """What is trained on as stages; none where neither `train` nor `stages` is set."""

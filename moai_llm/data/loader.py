@@ -69,7 +69,6 @@ class Loader:
         packing: how documents become rows, see `packing.py`; each source has its own rows.
         overlong: what becomes of documents longer than a row, see `rows.py`.
         step_rows: rows of a step; `balanced` puts rows that cost attention the same into each.
-        in_memory: read the tokens of all sources now instead of where they are needed.
         pinned: batches lie in memory from which a CUDA device copies while the program goes on.
 
     Raises:
@@ -86,7 +85,6 @@ class Loader:
         packing: str = "best-fit",
         overlong: str | None = None,
         step_rows: int = 1,
-        in_memory: bool = False,
         pinned: bool = False,
     ) -> None:
         self.stages = [Stage([Source(data)])] if isinstance(data, Store) else list(data)
@@ -103,7 +101,7 @@ class Loader:
         for part in itertools.chain(*parts):
             if part.store.fingerprint not in self._number:
                 self._number[part.store.fingerprint] = len(self._number)
-                self.sources.append(Rows(part.store, seq_len, packing, overlong, in_memory))
+                self.sources.append(Rows(part.store, seq_len, packing, overlong))
         self._require_one_tokenizer()
         self.pad_id = self.sources[0].pad_id
         self._borders = np.cumsum([0, *map(len, self.sources)])
@@ -230,5 +228,5 @@ class Loader:
         return made
 
 
-# int32 for all would halve the memory traffic of a batch, but torch takes targets and positions as int64 only
+# int32 for all would make rows at most a third faster, and each batch would have to be converted: targets are int64
 DTYPES = {"input_ids": torch.int64, "labels": torch.int64, "position_ids": torch.int64, "seq_idx": torch.int32}

@@ -35,20 +35,12 @@ class Rows:
         packing: how documents become rows, see `packing.py`.
         overlong: what becomes of documents longer than a row: split, truncate or drop. None splits a text and truncates
             a conversation: the tail of a conversation makes no sense without its beginning, the tail of a text does.
-        in_memory: read all tokens now, one file after the other, and none later.
 
     Raises:
         MoaiError: preference pairs, no row, or no row with a token to learn.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        seq_len: int,
-        packing: str = "best-fit",
-        overlong: str | None = None,
-        in_memory: bool = False,
-    ) -> None:
+    def __init__(self, store: Store, seq_len: int, packing: str = "best-fit", overlong: str | None = None) -> None:
         self.store, self.seq_len = store, seq_len
         if store.manifest.kind == "preference":
             raise MoaiError(
@@ -63,8 +55,8 @@ class Rows:
                 f"{store.path}: every document is longer than a row of {seq_len} tokens, and data.overlong=drop leaves "
                 "them out: raise data.seq_len or set data.overlong=split"
             )
-        self._tokens = [_plain(tokens, in_memory) for tokens in store._tokens]
-        self._learn = [_plain(learn, in_memory) for learn in store._masks]
+        self._tokens = [_plain(tokens) for tokens in store._tokens]
+        self._learn = [_plain(learn) for learn in store._masks]
         self._borders, self._first = store._borders, store._first
         if not self._teaches():
             raise MoaiError(f"{store.path}: no row has a token to learn (rows of {seq_len} tokens): raise data.seq_len")
@@ -135,9 +127,9 @@ def row_reference(rows: Rows, index: int) -> dict[str, np.ndarray]:
     return Arrays(ids, labels, positions, documents)._asdict()
 
 
-def _plain(array: np.ndarray, in_memory: bool) -> np.ndarray:
-    """A read-only array over the memory map, or over a copy of what it maps."""
-    plain = np.array(array) if in_memory else np.asarray(array)
+def _plain(mapped: np.ndarray) -> np.ndarray:
+    """A read-only array over the memory map; compiled code does not know its class."""
+    plain = np.asarray(mapped)
     plain.flags.writeable = False
     return plain
 

@@ -25,7 +25,7 @@ def open_data(recipe: Recipe, step_rows: int, device: torch.device) -> Loader:
         raise MoaiError(f"data.pin_memory=true is for a CUDA device, and this run is on {device}: leave it out")
     loader = Loader(
         open_stages(data), data.seq_len, recipe.train.seed, packing=data.packing, overlong=data.overlong,
-        step_rows=step_rows, in_memory=data.cache,
+        step_rows=step_rows,
         pinned=device.type == "cuda" if data.pin_memory is None else data.pin_memory,
     )  # fmt: skip
     for rows in loader.sources:

@@ -59,15 +59,6 @@ def test_compiled_equals_reference(
             assert np.array_equal(getattr(made, name)[i], truth), (name, i)
 
 
-def test_tokens_in_memory_are_the_same(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    store = make_store(tmp_path / "s", tokenizer, "chat")
-    mapped, held = (filled(Rows(store, 50, in_memory=memory), np.arange(4)) for memory in (False, True))
-    assert all(np.array_equal(a, b) for a, b in zip(mapped, held))
-    rows = Rows(store, 50, in_memory=True)
-    (tmp_path / "s" / "shards" / "00000.bin").unlink()
-    assert np.array_equal(filled(rows, np.arange(4)).input_ids, mapped.input_ids)  # nothing is read any more
-
-
 def test_control_a_mask_matters(tmp_path: Path, tokenizer: Tokenizer) -> None:
     chat, text = (make_store(tmp_path / kind, tokenizer, kind) for kind in ("chat", "text"))  # type: ignore[arg-type]
     masked, plain = (filled(Rows(store, 200, overlong="split"), np.arange(2)) for store in (chat, text))

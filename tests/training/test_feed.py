@@ -35,9 +35,7 @@ def stages(store: Path, chats: Path, weight: int = 1) -> str:
     return f"data.stages=[{{train: {store}, until: 384}}, {{train: {both}, until: 7e2}}, {{train: [{chats}]}}]"
 
 
-@pytest.mark.parametrize(
-    ("stop", "knobs"), [(2, ["data.workers=0"]), (5, ["data.workers=3", "data.prefetch=5", "data.cache=true"])]
-)
+@pytest.mark.parametrize(("stop", "knobs"), [(2, ["data.workers=0"]), (5, ["data.workers=3", "data.prefetch=5"])])
 def test_a_run_resumes_in_any_stage(
     make_recipe: MakeRecipe, store: Path, chats: Path, stop: int, knobs: list[str]
 ) -> None:
