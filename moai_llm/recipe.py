@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hi
 from annotated_types import Ge, Gt, Le, Lt
 
 from moai_llm.architecture import Architecture
+from moai_llm.mixture import SourceConfig, StageConfig, check_stages, of_the_meant_type, place_of, with_sources
 from moai_llm.runtime import MoaiError, did_you_mean
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ LOSS_PARAMS = {
 }
 PackingName = Literal["best-fit", "balanced", "next-fit", "concat", "none"]  # data/packing.py says what they do
 OverlongName = Literal["split", "truncate", "drop"]
+MAY_CHANGE = ("workers", "prefetch", "pin_memory")  # keys of `data` that change no batch
 LENGTHS = ("steps", "tokens", "epochs")  # keys of `train`: exactly one says how long
 
 # what other trainers call it -> where it lives here
@@ -59,13 +61,26 @@ ELSEWHERE = {
     "save_total_limit": "checkpoint.keep_last",
     "eval_steps": "eval.every",
     "logging_steps": "log.every",
+    "num_workers": "data.workers",
+    "dataloader_num_workers": "data.workers",
+    "prefetch_factor": "data.prefetch, steps that are read ahead",
+    "dataloader_prefetch_factor": "data.prefetch, steps that are read ahead",
+    "dataloader_pin_memory": "data.pin_memory",
+    "persistent_workers": "always so, the threads of data.workers live as long as the run",
+    "dataloader_persistent_workers": "always so, the threads of data.workers live as long as the run",
+    "max_cached_batches": "data.prefetch, steps that are read ahead",
+    "datasets": "data.train, a list of {store, weight}",
+    "paths": "data.train, a list of {store, weight}",
+    "weights": "data.train, a list of {store, weight}",
 }
 
 
 @dataclass(kw_only=True)
 class DataConfig:
-    #: a prepared store (`moai data prepare`)
-    train: str | None = None
+    #: a prepared store (`moai data prepare`), or several: a list of {store, weight}
+    train: str | list[SourceConfig] | None = None
+    #: or stages, one after the other: a list of {train, until} or {train, epochs}
+    stages: list[StageConfig] = field(default_factory=list)
     #: a prepared store for evaluation; None: no evaluation
     valid: str | None = None
     #: tokens in a row
@@ -76,6 +91,20 @@ class DataConfig:
     #: documents longer than a row: split into pieces | truncate to their beginning | drop; None splits text and
     #: truncates conversations
     overlong: OverlongName | None = None
+    #: threads that make batches ahead of the training; 0: none, they are made in between
+    workers: Annotated[int, Ge(0)] = 1
+    #: steps they are ahead
+    prefetch: Count = 4
+    #: batches in memory that a CUDA device copies from by itself; None: where the device is one
+    pin_memory: bool | None = None
+
+    def run(self) -> list[StageConfig]:
+        """What is trained on as stages; none where neither `train` nor `stages` is set."""
+        return self.stages or ([StageConfig(train=self.train)] if self.train else [])
+
+    def stores(self) -> list[str]:
+        """Paths of the stores to train on, in order."""
+        return [source.store for stage in self.run() for source in stage.sources()]
 
 
 @dataclass(kw_only=True)
@@ -180,7 +209,8 @@ def list_recipes() -> list[str]:
 def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a preset by name or a YAML file by path, apply `a.b=c` overrides, validate once.
 
-    One of `train.steps`, `train.tokens` and `train.epochs` among the overrides replaces the length the file gives.
+    One of `train.steps`, `train.tokens` and `train.epochs` among the overrides replaces the length the file gives, and
+    one of `data.train` and `data.stages` the other.
 
     Raises:
         MoaiError: no such recipe, unreadable YAML, an unknown key (with the nearest known one), a value of the wrong
@@ -193,6 +223,9 @@ def load(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     length = [name for name in LENGTHS if f"train.{name}" in keys and tree["train"][name] is not None]
     if len(length) == 1:
         tree["train"] = {key: value for key, value in tree["train"].items() if key not in LENGTHS or key in length}
+    given = [name for name in ("train", "stages") if f"data.{name}" in keys and tree["data"][name]]
+    if len(given) == 1:
+        tree["data"].pop("stages" if given == ["train"] else "train", None)
     recipe = from_tree(tree, source=str(name_or_path))
     of_model = [key for key in keys if key.split(".")[0] == "model"]
     if recipe.train.init_from and of_model:
@@ -206,12 +239,13 @@ def from_tree(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Validate a nested mapping as a recipe; raises `MoaiError` like `load`."""
     from pydantic import TypeAdapter, ValidationError
 
-    for cls in (Recipe, *(t for t in get_type_hints(Recipe).values() if is_dataclass(t))):
+    nested = (SourceConfig, StageConfig)
+    for cls in (Recipe, *nested, *(t for t in get_type_hints(Recipe).values() if is_dataclass(t))):
         cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[union-attr]
     try:
-        recipe = TypeAdapter(Recipe).validate_python(tree)
+        recipe = TypeAdapter(Recipe).validate_python(with_sources(tree))
     except ValidationError as error:
-        lines = "\n".join(f"  {_explain(problem)}" for problem in error.errors())
+        lines = "\n".join(f"  {_explain(problem)}" for problem in of_the_meant_type(error.errors()))
         raise MoaiError(f"{source} is not a valid recipe:\n{lines}") from None
     try:
         recipe.model.resolve()
@@ -266,6 +300,9 @@ def _check(recipe: Recipe, source: str) -> None:
             raise MoaiError(
                 f"{source}: loss.params.{name} is unknown; {known}{did_you_mean(name, LOSS_PARAMS[loss.type])}"
             )
+    if recipe.data.train and recipe.data.stages:
+        raise MoaiError(f"{source}: data.train and data.stages both say what to train on: leave one of them out")
+    check_stages(recipe.data.run(), f"{source}: data.stages" if recipe.data.stages else f"{source}: data")
     if rows[0] < rows[1]:
         raise MoaiError(f"{source}: train.batch_tokens {rows[0]} is less than one row, data.seq_len {rows[1]}")
 
@@ -327,7 +364,7 @@ def _override(tree: dict[str, Any], item: str) -> str:
 
 def _explain(problem: Mapping[str, Any]) -> str:
     """One line for one of pydantic's errors: the dotted key, what is wrong, the nearest known key."""
-    location = [str(part) for part in problem["loc"]]
+    location = place_of(problem)
     dotted = ".".join(location)
     if problem["type"] == "unexpected_keyword_argument":
         return f"{dotted}: unknown key{_hint(location)}"
@@ -347,10 +384,17 @@ def _hint(location: list[str]) -> str:
 
 
 def _keys_at(location: list[str]) -> list[str]:
-    cls: Any = Recipe
+    """Keys of the section there; numbers in the location count items of a list."""
+    hint: Any = Recipe
     for part in location:
-        hint = get_type_hints(cls).get(part)
-        cls = hint if is_dataclass(hint) else next((t for t in get_args(hint) if is_dataclass(t)), None)
-        if cls is None:
-            return []
-    return [f.name for f in fields(cls)]
+        if not part.isdigit():
+            hint = get_type_hints(_section(hint)).get(part) if _section(hint) else None
+    cls = _section(hint)
+    return [f.name for f in fields(cls)] if cls else []
+
+
+def _section(hint: Any) -> Any:
+    """The dataclass in a type: itself, an alternative of a union, or the item of a list."""
+    if is_dataclass(hint):
+        return hint
+    return next((found for part in get_args(hint) if (found := _section(part))), None)

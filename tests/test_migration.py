@@ -31,8 +31,8 @@ from tests.conftest import ROOT
 PAGE = ROOT / "docs" / "migration.md"
 DOCUMENTS = ROOT.parent / "shared" / "documents"
 AREAS = {
-    "GPU kernels", "KV cache", "LoRA", "batch generation", "code models",
-    "evaluation harness", "expert tools", "long context", "memory", "multi-GPU", "optimizers", "parallel preparation",
+    "GPU kernels", "KV cache", "LoRA", "batch generation", "code models", "evaluation harness",
+    "expert tools", "long context", "memory", "multi-GPU", "optimizers", "parallel preparation",
     "planner", "profiling", "quantization", "representation learning", "serving",
 }  # fmt: skip
 

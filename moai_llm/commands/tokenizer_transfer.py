@@ -168,6 +168,7 @@ class Transfer:
         recipe = with_model_of(recipes.load(self.source / "recipe.yaml"), self.model.config)
         recipe.train.init_from, recipe.train.out = str(out), f"{out}-run"
         recipe.data.train = recipe.data.valid = None
+        recipe.data.stages = []
         return recipes.dump(recipe)
 
 

@@ -107,7 +107,7 @@ class Trial:
         which = "old" if name == UNCHANGED else "new"
         held_out = Loader(Store(self.folder / f"{which}-valid"), self.length, seed=None)
         data = Loader(Store(self.folder / f"{which}-train"), self.length, seed)
-        lengths, precision = held_out.store.tokenizer().byte_lengths(), make_precision("auto", self.device)
+        lengths, precision = held_out.sources[0].store.tokenizer().byte_lengths(), make_precision("auto", self.device)
         optimizer, load = make_optimizer(model, OptimConfig(lr=self.lr)), None
 
         def measure() -> float:

@@ -2,6 +2,7 @@
 
 moai train moai-3b-tiny data.train=data/wiki train.steps=500 train.out=runs/first
 moai train moai-3b-tiny data.train=data/chat train.init_from=runs/first train.epochs=3 train.out=runs/chat
+moai train moai-3b-tiny 'data.train=[{store: data/wiki, weight: 3}, {store: data/code, weight: 1}]' train.steps=500
 moai train runs/first/recipe.yaml --resume
 """
 
@@ -41,8 +42,8 @@ def run(arguments: argparse.Namespace) -> None:
     if recipe.train.init_from and not (arguments.resume and not Path(recipe.train.init_from).exists()):
         recipe.train.init_from = str(resolve_model(recipe.train.init_from))
     trained = train(recipe, hooks=make_hooks(recipe), resume=arguments.resume, fresh=arguments.fresh)
-    if trained.finished and recipe.data.train:
-        chats = Store(recipe.data.train).manifest.kind == "chat"
+    if trained.finished:
+        chats = Store(recipe.data.stores()[-1]).manifest.kind == "chat"
         use = f"moai chat {recipe.train.out}" if chats else f"moai generate {recipe.train.out} --prompt TEXT"
         print(f"saved {trained.checkpoint}. Next: {use}")
 
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> None:
 def make_hooks(recipe: Recipe) -> list[Hook]:
     """Evaluation on data.valid and samples of eval.prompts, as the recipe asks."""
     hooks: list[Hook] = []
-    if not recipe.data.train:  # training says so
+    if not recipe.data.stores():  # training says so
         return hooks
     if recipe.data.valid:
         hooks.append(_evaluation(recipe))
@@ -65,12 +66,12 @@ def _evaluation(recipe: Recipe) -> Hook:
     from moai_llm.evaluation.perplexity import evaluate
     from moai_llm.training.precision import make_precision
 
-    assert recipe.data.train is not None and recipe.data.valid is not None
-    store = Store(recipe.data.valid)
-    if store.manifest.tokenizer != Store(recipe.data.train).manifest.tokenizer:
+    assert recipe.data.valid is not None
+    store, first = Store(recipe.data.valid), recipe.data.stores()[0]
+    if store.manifest.tokenizer != Store(first).manifest.tokenizer:
         raise MoaiError(
             f"data.valid {store.path} was prepared with another tokenizer than data.train: prepare it again with "
-            f"--tokenizer {recipe.data.train}/tokenizer"
+            f"--tokenizer {first}/tokenizer"
         )
     loader, lengths = Loader(store, recipe.data.seq_len, seed=None), store.tokenizer().byte_lengths()
 
@@ -87,8 +88,7 @@ def _samples(recipe: Recipe) -> Hook:
     from moai_llm.data.shards import Store
     from moai_llm.inference.generate import Sampling, TextModel, sample_text
 
-    assert recipe.data.train is not None
-    tokenizer, out = Store(recipe.data.train).tokenizer(), Path(recipe.train.out)
+    tokenizer, out = Store(recipe.data.stores()[0]).tokenizer(), Path(recipe.train.out)
 
     def hook(step: int, model: Any) -> dict[str, float]:
         text_model = TextModel(model, tokenizer, out)

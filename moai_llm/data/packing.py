@@ -13,7 +13,7 @@ Each is a pure function of its arguments, and no token is lost that is not count
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -205,6 +205,22 @@ def _rows(lengths: np.ndarray, capacity: int, pieces: Pieces, order: np.ndarray,
     within, starts = sort_by(row, int(row.max()) + 1 if len(row) else 0)
     flat = order[within]
     return Packing(starts, document[flat], start[flat], length[flat], capacity, lengths)
+
+
+def join(packings: Sequence[Packing]) -> Packing:
+    """The rows of several, and their documents, one after the other."""
+    if len(packings) == 1:
+        return packings[0]
+    pieces = np.cumsum([0, *(len(packing.length) for packing in packings)])
+    documents = np.cumsum([0, *(len(packing.lengths) for packing in packings)])
+    return Packing(
+        np.concatenate([packing.row_starts[:-1] + first for packing, first in zip(packings, pieces)] + [pieces[-1:]]),
+        np.concatenate([packing.document + first for packing, first in zip(packings, documents)]),
+        np.concatenate([packing.start for packing in packings]),
+        np.concatenate([packing.length for packing in packings]),
+        packings[0].capacity,
+        np.concatenate([packing.lengths for packing in packings]),
+    )
 
 
 STRATEGIES: dict[str, Callable[[np.ndarray, int, Cut], Packing]] = {

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from moai_llm import recipe as recipes
-from moai_llm.data.loader import Batch, Loader
-from moai_llm.data.shards import Store
+from moai_llm.data.loader import Batch
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_everything, write_atomically
 from moai_llm.training.build import build_model
 from moai_llm.training.checkpoint import Checkpoints, restore
+from moai_llm.training.feed import describe, open_data, read_ahead
 from moai_llm.training.monitor import Monitor
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import Precision, make_precision
@@ -78,8 +78,6 @@ def train(
         MoaiError: the recipe lacks data or a length, the directory already holds a run, a checkpoint cannot be
             written, or the loss is not finite.
     """
-    if not recipe.data.train:
-        raise MoaiError("data.train is not set: give a store made by `moai data prepare`, e.g. data.train=data/wiki")
     out = Path(recipe.train.out)
     checkpoints = Checkpoints(out / "checkpoints", recipe.checkpoint.keep_last)
     latest, begun = find_start(recipe, checkpoints, resume=resume, fresh=fresh)
@@ -88,25 +86,15 @@ def train(
     if device.type == "cpu":
         keep_freed_memory()
     seed_everything(recipe.train.seed)
-    store = Store(recipe.data.train)
-    tokenizer = store.tokenizer()
     rows = max(1, recipe.train.batch_tokens // recipe.data.seq_len)
-    loader = Loader(
-        store, recipe.data.seq_len, recipe.train.seed, packing=recipe.data.packing, overlong=recipe.data.overlong,
-        step_rows=rows,
-    )  # fmt: skip
-    if loader.packing.dropped_tokens:
-        logger.warning(
-            "%s of %s documents are longer than data.seq_len %s and %s: raise it to keep them whole",
-            int((store.lengths() > recipe.data.seq_len).sum()), len(store), recipe.data.seq_len,
-            "are left out" if loader.packing.dropped_documents else "lose their end",
-        )  # fmt: skip
+    loader = open_data(recipe, rows, device)
+    tokenizer = loader.sources[0].store.tokenizer()
     model = build_model(recipe, tokenizer, device, latest)
     if recipe.train.init_from:
         recipe = with_model_of(recipe, model.config)
     optimizer = make_optimizer(model, recipe.optim)
     total, planned = total_steps(recipe, loader, rows), total_steps(begun, loader, rows)
-    position = {"data": store.fingerprint, "seq_len": recipe.data.seq_len, "rows": rows, "seed": recipe.train.seed}
+    position = {"data": loader.identity, "seq_len": recipe.data.seq_len, "rows": rows, "seed": recipe.train.seed}
     start, targets_seen, load = 0, 0, None
     if latest is not None:
         state = restore(latest, model, optimizer)
@@ -122,16 +110,20 @@ def train(
         discard(out)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "recipe.yaml", yaml)
-    with Monitor(out, total, start, title=title, quiet=quiet) as monitor, _stop_signals() as stop:
-        monitor.note(f"data, {recipe.data.packing}: {loader.packing.summary()}")
+    with (
+        Monitor(out, total, start, title=title, quiet=quiet) as monitor,
+        _stop_signals() as stop,
+        read_ahead(recipe, loader, start, total) as batches,
+    ):
+        for line in describe(recipe, loader, total):
+            monitor.note(line)
         if start:
             monitor.note(f"resumed from {latest}")
         if total != planned:
             monitor.note(f"continues to {total} steps, was {planned}")
-        clock, since, done = time.perf_counter(), 0, start
-        for step in range(start, total):
+        clock, since, waited, done = time.perf_counter(), 0, 0.0, start
+        for step, batch in enumerate(batches, start):
             lr = learning_rate(step, total, recipe.optim.lr, recipe.schedule)
-            batch = loader.rows(step * rows, rows)
             result = train_step(
                 model, optimizer, precision, _micro_batches(batch, recipe.train.micro_batch_size), lr=lr,
                 max_grad_norm=recipe.train.max_grad_norm, router_load=load, noise_seed=(recipe.train.seed, step),
@@ -148,19 +140,21 @@ def train(
                     tokens=done * rows * recipe.data.seq_len,
                     lr=lr,
                     tokens_per_second=since / (now - clock),
+                    data_wait=(batches.waited - waited) / (now - clock),
+                    **({"stage": loader.stage(step) + 1} if len(loader.stages) > 1 else {}),
                     **_numbers(result),
                 )
-                clock, since = now, 0
+                clock, since, waited = now, 0, batches.waited
             else:
                 monitor.advance(done)
             if done % recipe.checkpoint.every == 0 or last:
                 state = {"targets": targets_seen, "position": position, "scaler": precision.scaler.state_dict(),
                          "router_load": None if load is None else load.tolist()}  # fmt: skip
                 latest = checkpoints.save(done, model, tokenizer, yaml, optimizer, state)
-                clock, since = time.perf_counter(), 0
+                clock, since, waited = time.perf_counter(), 0, batches.waited
             if recipe.eval.every and done % recipe.eval.every == 0 and not last or done == total:
                 _run_hooks(hooks, done, model, monitor)
-                clock, since = time.perf_counter(), 0
+                clock, since, waited = time.perf_counter(), 0, batches.waited
             if stopping:
                 monitor.note(f"stopped after step {done} of {total}: {latest}; go on with --resume")
                 break

@@ -11,7 +11,7 @@ from moai_llm import recipe as recipes
 from moai_llm.architecture import Architecture
 from moai_llm.config import MoaiConfig
 from moai_llm.data.loader import Loader
-from moai_llm.recipe import LENGTHS, Recipe
+from moai_llm.recipe import LENGTHS, MAY_CHANGE, Recipe
 from moai_llm.runtime import MoaiError
 from moai_llm.training.checkpoint import Checkpoints
 
@@ -64,8 +64,19 @@ def total_steps(recipe: Recipe, loader: Loader, rows: int) -> int:
     if len(given) != 1:
         raise MoaiError(f"set exactly one of train.steps, train.tokens and train.epochs, got {given or 'none of them'}")
     name, value = next(iter(given.items()))
+    if name == "epochs" and len(loader.stages) > 1 and loader.end is None:
+        raise MoaiError(
+            "train.epochs counts passes over all stages, and the last of data.stages has no end: give it `epochs` or "
+            "`until`, or set train.steps or train.tokens"
+        )
     rows_wanted = {"steps": value * rows, "tokens": value / recipe.data.seq_len, "epochs": value * len(loader)}[name]
-    return max(1, round(rows_wanted / rows))
+    steps = max(1, round(rows_wanted / rows))
+    if loader.end is not None and steps * rows > loader.end:
+        raise MoaiError(
+            f"data.stages end after step {loader.end // rows:,}, and the run after step {steps:,}: leave out the end "
+            "of the last stage, or set train.epochs=1 to end with it"
+        )
+    return steps
 
 
 def with_model_of(recipe: Recipe, config: MoaiConfig) -> Recipe:
@@ -87,8 +98,11 @@ def _may_discard(recipe: Recipe) -> None:
 
 
 def _differences(begun: Recipe, now: Recipe) -> list[str]:
-    """Keys that must not change within a run but do. Its length may; the model of init_from is the one found there."""
+    """Keys that must not change within a run but do. Its length may, and how data is read but not what; the model of
+    init_from is the one found there.
+    """
     old, new = recipes.to_tree(begun), recipes.to_tree(now)
     sections = [name for name in new if name not in RESUMABLE and not (name == "model" and now.train.init_from)]
-    keys = [(name, key) for name in sections for key in new[name] if (name, key) not in {("train", k) for k in LENGTHS}]
+    may = {*(("train", key) for key in LENGTHS), *(("data", key) for key in MAY_CHANGE)}
+    keys = [(name, key) for name in sections for key in new[name] if (name, key) not in may]
     return [f"{name}.{key}" for name, key in keys if new[name][key] != old[name].get(key)]

@@ -1,0 +1,63 @@
+"""The data of a run: opened as its recipe says, described, read ahead of the training."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from moai_llm.data.ahead import Ahead
+from moai_llm.data.loader import Loader, open_stages
+from moai_llm.recipe import Recipe
+from moai_llm.runtime import MoaiError
+
+logger = logging.getLogger("moai_llm")
+
+
+def open_data(recipe: Recipe, step_rows: int, device: torch.device) -> Loader:
+    """The loader of `data.train` or `data.stages`; warns of documents that do not fit into a row.
+
+    Raises:
+        MoaiError: what `open_stages` and `Loader` raise; pinned memory without a CUDA device.
+    """
+    data = recipe.data
+    if data.pin_memory and device.type != "cuda":
+        raise MoaiError(f"data.pin_memory=true is for a CUDA device, and this run is on {device}: leave it out")
+    loader = Loader(
+        open_stages(data), data.seq_len, recipe.train.seed, packing=data.packing, overlong=data.overlong,
+        step_rows=step_rows,
+        pinned=device.type == "cuda" if data.pin_memory is None else data.pin_memory,
+    )  # fmt: skip
+    for rows in loader.sources:
+        if rows.packing.dropped_tokens:
+            logger.warning(
+                "%s: %s of %s documents are longer than data.seq_len %s and %s: raise it to keep them whole",
+                rows.store.path, int((rows.packing.lengths > data.seq_len).sum()), len(rows.store), data.seq_len,
+                "are left out" if rows.packing.dropped_documents else "lose their end",
+            )  # fmt: skip
+    return loader
+
+
+def read_ahead(recipe: Recipe, loader: Loader, first: int, last: int) -> Ahead:
+    """The batches of steps first to last, each once and in order."""
+    return Ahead(loader.step, first, last, workers=recipe.data.workers, prefetch=recipe.data.prefetch)
+
+
+def describe(recipe: Recipe, loader: Loader, total: int) -> list[str]:
+    """Lines for people: the rows of each store, how often it is read, and the stages with their mixtures."""
+    names = [str(rows.store.path) for rows in loader.sources]
+    if len(names) == len(loader.stages) == 1:
+        return [f"data, {recipe.data.packing}: {loader.sources[0].packing.summary()}"]
+    read = loader.curriculum.read(total * loader.step_rows)
+    lines = [
+        f"data, {recipe.data.packing}, {name}: {rows.packing.summary()}; read {count / len(rows):.2f} times"
+        for name, rows, count in zip(names, loader.sources, read.tolist())
+    ]
+    for i, (span, quotas) in enumerate(zip(loader.curriculum.spans, loader.curriculum.quotas), 1):
+        shares = ", ".join(f"{share:.2%} {names[n]}" for n, share in zip(span.weights, quotas.shares))
+        begin, end = span.first // loader.step_rows + 1, total
+        if span.last is not None:
+            end = min(total, span.last // loader.step_rows)
+        steps = f"steps {begin:,} to {end:,}" if begin <= end else f"from step {begin:,}, which this run does not reach"
+        lines.append(f"stage {i}, {steps}: {shares}" if len(loader.stages) > 1 else f"mixture: {shares}")
+    return lines
