@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,17 @@ class Checkpoints:
             self._writer = threading.Thread(target=self._guarded, args=(write,), name=f"checkpoint {step}")
             self._writer.start()
         return self._path(step)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.wait()
+        elif self._writer is not None:  # let it finish; what went wrong first is what is raised
+            self._writer.join()
 
     def wait(self) -> None:
         """Until nothing is being written.

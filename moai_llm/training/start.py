@@ -15,8 +15,16 @@ from moai_llm.recipe import LENGTHS, Recipe
 from moai_llm.runtime import MoaiError
 from moai_llm.training.checkpoint import Checkpoints
 
-RESUMABLE = ("description", "log", "eval", "checkpoint")  # sections that may change when a run is resumed
-WRITTEN = ("recipe.yaml", "metrics.jsonl", "training_log.csv", "samples.txt", "checkpoints")  # what a run leaves
+RESUMABLE = ("description", "log", "eval", "checkpoint", "health")  # sections that may change when a run is resumed
+WRITTEN = (
+    "recipe.yaml",
+    "metrics.jsonl",
+    "training_log.csv",
+    "samples.txt",
+    "rollbacks.json",
+    "hang.txt",
+    "checkpoints",
+)  # what a run leaves
 
 
 class Start(NamedTuple):
