@@ -4,6 +4,7 @@
       config.json, model.safetensors, tokenizer.json, recipe.yaml, ...   a model directory like any other
       training_state/optimizer.safetensors, state.json                    what only a resumed run needs
       MANIFEST.json                                                       sha256 of every file, written last
+      MANIFEST.sha256                                                     its own, as sha256sum writes it
 
 Everything goes to `.tmp-step-N` first, is forced to disk, and becomes `step-N` by one rename. Only JSON and
 safetensors: nothing in here can run code.
@@ -35,7 +36,7 @@ from moai_llm.tokenizer import Tokenizer
 
 logger = logging.getLogger("moai_llm")
 STATE = "training_state"
-WRITING, REPLACED = ".tmp-step-", ".old-step-"
+WRITING, REPLACED, GONE = ".tmp-step-", ".old-step-", ".gone-step-"
 Tensors = dict[str, torch.Tensor]
 
 
@@ -148,7 +149,7 @@ class Checkpoints:
         shutil.rmtree(self.directory / f"{REPLACED}{step:08d}", ignore_errors=True)
         for old in self.steps()[: -max(1, self.keep_last)]:
             if not self.permanent_every or old % self.permanent_every:
-                shutil.rmtree(self._path(old), ignore_errors=True)
+                self._forget(old)
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, ascending; whether they are sound is not looked at."""
@@ -173,9 +174,10 @@ class Checkpoints:
         return None
 
     def tidy(self) -> None:
-        """Remove what a killed process was writing, and put back what it was about to replace."""
-        for half in self.directory.glob(f"{WRITING}*"):
-            shutil.rmtree(half, ignore_errors=True)
+        """Remove what a killed process was writing or deleting, and put back what it was about to replace."""
+        for prefix in (WRITING, GONE):
+            for half in self.directory.glob(f"{prefix}*"):
+                shutil.rmtree(half, ignore_errors=True)
         for replaced in self.directory.glob(f"{REPLACED}*"):
             path = self._path(int(replaced.name.removeprefix(REPLACED)))
             if path.exists():
@@ -187,7 +189,12 @@ class Checkpoints:
         """Delete the checkpoints of later steps: the run went back and will come by them on another way."""
         for later in self.steps():
             if later > step:
-                shutil.rmtree(self._path(later))
+                self._forget(later)
+
+    def _forget(self, step: int) -> None:
+        gone = self.directory / f"{GONE}{step:08d}"
+        os.replace(self._path(step), gone)  # so that nobody sees half of it
+        shutil.rmtree(gone, ignore_errors=True)
 
     def _path(self, step: int) -> Path:
         return self.directory / f"step-{step:08d}"
@@ -211,8 +218,12 @@ def problems(path: Path) -> Iterator[str]:
     try:
         manifest = json.loads((path / "MANIFEST.json").read_text(encoding="utf-8"))
         files = dict(manifest["files"])
+        own = (path / "MANIFEST.sha256").read_bytes()
     except (OSError, ValueError, KeyError, TypeError) as error:
         yield f"MANIFEST.json: {error}"
+        return
+    if own != _own_digest(path).encode():
+        yield "MANIFEST.json does not match its digest"
         return
     for name, digest in files.items():
         file = path / name
@@ -272,12 +283,21 @@ def _write_manifest(directory: Path, step: int) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
         digests[path.relative_to(directory).as_posix()] = sha256_of(path)
-    manifest = directory / "MANIFEST.json"
-    with manifest.open("w", encoding="utf-8") as file:
-        json.dump({"step": step, "torch": torch.__version__, "files": digests}, file, indent=1)
+    content = json.dumps({"step": step, "torch": torch.__version__, "files": digests}, indent=1)
+    _write_synced(directory / "MANIFEST.json", content)
+    _write_synced(directory / "MANIFEST.sha256", _own_digest(directory))
+    _sync(directory)
+
+
+def _own_digest(directory: Path) -> str:
+    return f"{sha256_of(directory / 'MANIFEST.json')}  MANIFEST.json\n"
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    _sync(directory)
 
 
 def _sync(directory: Path) -> None:

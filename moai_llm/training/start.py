@@ -95,8 +95,11 @@ def _may_discard(recipe: Recipe) -> None:
 
 
 def _differences(begun: Recipe, now: Recipe) -> list[str]:
-    """Keys that must not change within a run but do. Its length may; the model of init_from is the one found there."""
+    """Keys that must not change within a run but do. Its length and its place may; the model of init_from is the one
+    found there.
+    """
     old, new = recipes.to_tree(begun), recipes.to_tree(now)
     sections = [name for name in new if name not in RESUMABLE and not (name == "model" and now.train.init_from)]
-    keys = [(name, key) for name in sections for key in new[name] if (name, key) not in {("train", k) for k in LENGTHS}]
+    free = {("train", key) for key in (*LENGTHS, "out")}
+    keys = [(name, key) for name in sections for key in new[name] if (name, key) not in free]
     return [f"{name}.{key}" for name, key in keys if new[name][key] != old[name].get(key)]
