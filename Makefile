@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help install quickstart test test-slow test-gpu lint format docs bench clean
+.PHONY: help install quickstart test test-slow test-gpu faults lint format docs bench clean
 
 help:
 	@echo "make quickstart   from text to a chat model in a few minutes on a CPU"
 	@echo "make test         the fast test suite"
 	@echo "make test-slow    the slow tests: the whole quickstart, learning curves, compilation"
 	@echo "make test-gpu     the tests that need a CUDA device"
+	@echo "make faults       the whole fault campaign: kills, damaged files, full disks, signals"
 	@echo "make lint         ruff and mypy        make format   ruff, writing"
 	@echo "make bench        the benchmark tables  make docs     the documentation site"
 
@@ -36,7 +37,10 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" $(ARGS)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "slow and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not gpu and not faults" $(ARGS)
+
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m faults -s $(ARGS)
 
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m gpu $(ARGS)

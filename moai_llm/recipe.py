@@ -167,7 +167,30 @@ class TrainConfig:
 class CheckpointConfig:
     #: steps between checkpoints; the last step is always saved
     every: Count = 1000
+    #: how many of the newest are kept
     keep_last: Count = 2
+    #: checkpoints whose step is a multiple of this are kept for good; null: none
+    permanent_every: Count | None = None
+    #: write them while training goes on, from a copy of weights and states in memory
+    asynchronous: bool = False
+
+
+@dataclass(kw_only=True)
+class HealthConfig:
+    #: a step whose loss or gradient is not finite: skip it | stop the run
+    nonfinite: Literal["skip", "stop"] = "skip"
+    #: skip a step whose loss or gradient norm is so many standard deviations above the last ones; null: never
+    spike_sigma: Positive | None = 6.0
+    #: the steps it is compared with; none is skipped before half of them are there
+    spike_window: Count = 128
+    #: so many bad steps in a row are skipped; then the run is rolled back, takes them for a new level, or stops
+    patience: Count = 10
+    #: go back to the last good checkpoint and leave out the data since then
+    rollback: bool = False
+    #: after so many the run stops
+    max_rollbacks: Count = 3
+    #: seconds without a step after which the process ends itself and says where it hung; null: never
+    hang_seconds: Positive | None = None
 
 
 @dataclass(kw_only=True)
@@ -197,6 +220,7 @@ class Recipe:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 

@@ -201,7 +201,7 @@ def _publish(checkpoint: Path, model: Path) -> None:
     """Copy the model files of a checkpoint, without what only a resumed run needs."""
     temporary = model.with_name(".tmp-model")
     shutil.rmtree(temporary, ignore_errors=True)
-    shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("training_state", "MANIFEST.json"))
+    shutil.copytree(checkpoint, temporary, ignore=shutil.ignore_patterns("training_state", "MANIFEST.*"))
     shutil.rmtree(model, ignore_errors=True)
     temporary.rename(model)
 

@@ -25,13 +25,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="a.b=c", help="keys to change, e.g. train.steps=1000 optim.lr=1e-3"
     )
-    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of train.out")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="always",
+        metavar="auto",
+        help="go on from the newest checkpoint of train.out; `--resume auto` begins the run where there is none yet",
+    )
     parser.add_argument("--fresh", action="store_true", help="delete the run in train.out and begin anew")
     parser.add_argument("--show", action="store_true", help="print the resolved recipe and stop")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    recipe = recipes.load(arguments.recipe, arguments.overrides)
+    resume, overrides = arguments.resume, arguments.overrides
+    if resume is not None and "=" in resume:  # `--resume a.b=c`: what follows is not its value
+        resume, overrides = "always", [resume, *overrides]
+    if resume not in (None, "always", "auto"):
+        raise MoaiError(f"--resume {resume}: write --resume, or --resume auto")
+    recipe = recipes.load(arguments.recipe, overrides)
+    if resume == "auto" and not (Path(recipe.train.out) / "recipe.yaml").is_file():
+        resume = None
     if arguments.show:
         print(recipes.dump(recipe), end="")
         return
@@ -39,9 +52,9 @@ def run(arguments: argparse.Namespace) -> None:
     from moai_llm.inference.generate import resolve_model
     from moai_llm.training.loop import train
 
-    if recipe.train.init_from and not (arguments.resume and not Path(recipe.train.init_from).exists()):
+    if recipe.train.init_from and not (resume and not Path(recipe.train.init_from).exists()):
         recipe.train.init_from = str(resolve_model(recipe.train.init_from))
-    trained = train(recipe, hooks=make_hooks(recipe), resume=arguments.resume, fresh=arguments.fresh)
+    trained = train(recipe, hooks=make_hooks(recipe), resume=resume is not None, fresh=arguments.fresh)
     if trained.finished:
         chats = Store(recipe.data.stores()[-1]).manifest.kind == "chat"
         use = f"moai chat {recipe.train.out}" if chats else f"moai generate {recipe.train.out} --prompt TEXT"

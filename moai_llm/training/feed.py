@@ -1,4 +1,4 @@
-"""The data of a run: opened as its recipe says, described, read ahead of the training."""
+"""The data of a run: opened as its recipe says, and described."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 
 import torch
 
-from moai_llm.data.ahead import Ahead
 from moai_llm.data.loader import Loader, open_stages
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError
@@ -36,11 +35,6 @@ def open_data(recipe: Recipe, step_rows: int, device: torch.device) -> Loader:
                 "are left out" if rows.packing.dropped_documents else "lose their end",
             )  # fmt: skip
     return loader
-
-
-def read_ahead(recipe: Recipe, loader: Loader, first: int, last: int) -> Ahead:
-    """The batches of steps first to last, each once and in order."""
-    return Ahead(loader.step, first, last, workers=recipe.data.workers, prefetch=recipe.data.prefetch)
 
 
 def describe(recipe: Recipe, loader: Loader, total: int) -> list[str]:

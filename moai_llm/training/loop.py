@@ -8,7 +8,6 @@ evaluated or sampled (hooks), which bricks a model has.
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
 import time
@@ -22,21 +21,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moai_llm import recipe as recipes
 from moai_llm.data.loader import Batch
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
-from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_everything, write_atomically
-from moai_llm.training.build import build_model
-from moai_llm.training.checkpoint import Checkpoints, restore
-from moai_llm.training.feed import describe, open_data, read_ahead
+from moai_llm.runtime import MoaiError
+from moai_llm.training.health import Health, Verdict
 from moai_llm.training.monitor import Monitor
-from moai_llm.training.optim import make_optimizer
-from moai_llm.training.precision import Precision, make_precision
+from moai_llm.training.precision import Precision
+from moai_llm.training.run import Run
 from moai_llm.training.schedules import learning_rate
-from moai_llm.training.start import discard, find_start, total_steps, with_model_of
+from moai_llm.training.watchdog import Watchdog
 
-logger = logging.getLogger("moai_llm")
 # called at a step border with (step, model); what it returns is logged
 Hook = Callable[[int, MoaiForCausalLM], dict[str, float]]
 
@@ -56,6 +51,7 @@ class StepResult:
     grad_norm: float
     targets: int
     expert_load: Tensor | None  # (sparse layers, E) share of all selections in this step
+    verdict: Verdict
 
 
 def train(
@@ -67,7 +63,7 @@ def train(
     title: str = "train",
     quiet: bool = False,
 ) -> Trained:
-    """Run a recipe to its end, or to the next step border after SIGTERM or SIGINT.
+    """Run a recipe to its end, or to the next step border after SIGTERM or SIGINT. SIGUSR1 saves and goes on.
 
     Args:
         hooks: run every `eval.every` steps and at the end, after the checkpoint of that step; see `Hook`.
@@ -76,90 +72,70 @@ def train(
 
     Raises:
         MoaiError: the recipe lacks data or a length, the directory already holds a run, a checkpoint cannot be
-            written, or the loss is not finite.
+            written, or the steps cannot be taken (`health.py`).
     """
-    out = Path(recipe.train.out)
-    checkpoints = Checkpoints(out / "checkpoints", recipe.checkpoint.keep_last)
-    latest, begun = find_start(recipe, checkpoints, resume=resume, fresh=fresh)
-    device = pick_device(recipe.train.device)
-    precision = make_precision(recipe.train.precision, device, recipe.train.tf32)
-    if device.type == "cpu":
-        keep_freed_memory()
-    seed_everything(recipe.train.seed)
-    rows = max(1, recipe.train.batch_tokens // recipe.data.seq_len)
-    loader = open_data(recipe, rows, device)
-    tokenizer = loader.sources[0].store.tokenizer()
-    model = build_model(recipe, tokenizer, device, latest)
-    if recipe.train.init_from:
-        recipe = with_model_of(recipe, model.config)
-    optimizer = make_optimizer(model, recipe.optim)
-    total, planned = total_steps(recipe, loader, rows), total_steps(begun, loader, rows)
-    position = {"data": loader.identity, "seq_len": recipe.data.seq_len, "rows": rows, "seed": recipe.train.seed}
-    start, targets_seen, load = 0, 0, None
-    if latest is not None:
-        state = restore(latest, model, optimizer)
-        if state["position"] != position:
-            raise MoaiError(f"{latest} was trained on other data or batches: {state['position']} is not {position}")
-        start, targets_seen = state["step"], state["targets"]
-        load = None if state["router_load"] is None else torch.tensor(state["router_load"], device=device)
-        precision.scaler.load_state_dict(state["scaler"])
-        if total < start:
-            raise MoaiError(f"{latest} has done {start} steps, so this run cannot end after {total}: make it longer")
-    yaml = recipes.dump(recipe)
-    if fresh:
-        discard(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "recipe.yaml", yaml)
+    run = Run.begin(recipe, resume=resume, fresh=fresh)
+    recipe = run.recipe
     with (
-        Monitor(out, total, start, title=title, quiet=quiet) as monitor,
-        _stop_signals() as stop,
-        read_ahead(recipe, loader, start, total) as batches,
+        Monitor(run.out, run.total, run.done, title=title, quiet=quiet) as monitor,
+        _signals() as signals,
+        Watchdog(recipe.health.hang_seconds, run.out) as watchdog,
+        run,
     ):
-        for line in describe(recipe, loader, total):
+        for line in run.notes:
             monitor.note(line)
-        if start:
-            monitor.note(f"resumed from {latest}")
-        if total != planned:
-            monitor.note(f"continues to {total} steps, was {planned}")
-        clock, since, waited, done = time.perf_counter(), 0, 0.0, start
-        for step, batch in enumerate(batches, start):
-            lr = learning_rate(step, total, recipe.optim.lr, recipe.schedule)
+        clock, since, waited = time.perf_counter(), 0, 0.0
+        while run.done < run.total:
+            batch, lr = run.batch(), learning_rate(run.done, run.total, recipe.optim.lr, recipe.schedule)
             result = train_step(
-                model, optimizer, precision, _micro_batches(batch, recipe.train.micro_batch_size), lr=lr,
-                max_grad_norm=recipe.train.max_grad_norm, router_load=load, noise_seed=(recipe.train.seed, step),
+                run.model, run.optimizer, run.precision, _micro_batches(batch, recipe.train.micro_batch_size), lr=lr,
+                max_grad_norm=recipe.train.max_grad_norm, router_load=run.router_load,
+                noise_seed=(recipe.train.seed, run.done + run.ahead), health=run.health,
             )  # fmt: skip
-            _require_finite(result, step, checkpoints)
-            targets_seen, load, done = targets_seen + result.targets, result.expert_load, step + 1
+            watchdog.beat()
+            if result.verdict.reason:
+                monitor.note(f"step {run.done + 1}: {result.verdict.action}, {result.verdict.reason}")
+            if result.verdict.action == "stop":
+                raise MoaiError(_cannot_go_on(run, result))
+            if result.verdict.action == "rollback":
+                with watchdog.paused():
+                    run.roll_back(result.verdict.reason)
+                monitor.rewind(run.done, run.notes[-1])
+                clock, since, waited = time.perf_counter(), 0, run.waited
+                continue
+            run.count(result.targets, result.expert_load if result.verdict.action == "take" else None)
             since += batch["input_ids"].numel()
-            stopping = stop.is_set()  # asked once a step: a signal that comes later is seen after the next one
-            last = done == total or stopping
-            if done % recipe.log.every == 0 or last or done == 1:
+            stopping, saving = signals.stop.is_set(), signals.save.is_set()  # asked once a step
+            signals.save.clear()
+            last = run.done == run.total or stopping
+            if run.done % recipe.log.every == 0 or last or run.done == 1:
                 now = time.perf_counter()
                 monitor.log(
-                    done,
-                    tokens=done * rows * recipe.data.seq_len,
+                    run.done,
+                    tokens=run.done * run.rows * recipe.data.seq_len,
                     lr=lr,
                     tokens_per_second=since / (now - clock),
-                    data_wait=(batches.waited - waited) / (now - clock),
-                    **({"stage": loader.stage(step) + 1} if len(loader.stages) > 1 else {}),
+                    data_wait=(run.waited - waited) / (now - clock),
+                    **run.stage(),
                     **_numbers(result),
+                    skipped=run.health.skipped,
                 )
-                clock, since, waited = now, 0, batches.waited
+                clock, since, waited = now, 0, run.waited
             else:
-                monitor.advance(done)
-            if done % recipe.checkpoint.every == 0 or last:
-                state = {"targets": targets_seen, "position": position, "scaler": precision.scaler.state_dict(),
-                         "router_load": None if load is None else load.tolist()}  # fmt: skip
-                latest = checkpoints.save(done, model, tokenizer, yaml, optimizer, state)
-                clock, since, waited = time.perf_counter(), 0, batches.waited
-            if recipe.eval.every and done % recipe.eval.every == 0 and not last or done == total:
-                _run_hooks(hooks, done, model, monitor)
-                clock, since, waited = time.perf_counter(), 0, batches.waited
+                monitor.advance(run.done)
+            if run.done % recipe.checkpoint.every == 0 or last or saving:
+                with watchdog.paused():
+                    run.save()
+                clock, since, waited = time.perf_counter(), 0, run.waited
+            if recipe.eval.every and run.done % recipe.eval.every == 0 and not last or run.done == run.total:
+                with watchdog.paused():
+                    _run_hooks(hooks, run.done, run.model, monitor)
+                clock, since, waited = time.perf_counter(), 0, run.waited
             if stopping:
-                monitor.note(f"stopped after step {done} of {total}: {latest}; go on with --resume")
+                monitor.note(f"stopped after step {run.done} of {run.total}: {run.latest}; go on with --resume")
                 break
-    assert latest is not None
-    return Trained(latest, done == total)
+    assert run.latest is not None
+    return Trained(run.latest, run.done == run.total)
 
 
 def train_step(
@@ -172,8 +148,10 @@ def train_step(
     max_grad_norm: float,
     router_load: Tensor | None = None,
     noise_seed: tuple[int, int] = (0, 0),
+    health: Health | None = None,
 ) -> StepResult:
-    """One optimizer step over micro-batches that together are one batch.
+    """One optimizer step over micro-batches that together are one batch. A step that `health` finds bad changes no
+    weights.
 
     Args:
         router_load: (sparse layers, E) the load of the step before, which the balance loss multiplies with: it is the
@@ -202,15 +180,19 @@ def train_step(
         sums += torch.stack([output.loss.detach(), output.cross_entropy, aux]).float()
     precision.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    loss, cross_entropy, aux_loss = sums.tolist()
+    scaled = precision.scaler.is_enabled()
+    verdict = Verdict("take") if health is None else health.judge(loss, float(norm), scaled=scaled)
     for group in optimizer.param_groups:
         group["lr"] = lr
-    precision.scaler.step(optimizer)
-    precision.scaler.update()
+    if verdict.action == "take":
+        precision.scaler.step(optimizer)
+    if scaled:
+        precision.scaler.update()
     optimizer.zero_grad(set_to_none=True)
     counts = model.model.take_expert_counts()
     load = counts / counts.sum(-1, keepdim=True).clamp_min(1) if counts.numel() else None
-    loss, cross_entropy, aux_loss = sums.tolist()
-    return StepResult(loss, cross_entropy, aux_loss, float(norm), targets, load)
+    return StepResult(loss, cross_entropy, aux_loss, float(norm), targets, load, verdict)
 
 
 def noise_key(seed: int, step: int, micro_batch: int, device: torch.device) -> Tensor:
@@ -245,33 +227,42 @@ def _run_hooks(hooks: Sequence[Hook], step: int, model: MoaiForCausalLM, monitor
         monitor.note("  ".join([f"step {step}:", *(f"{name} {value:.4f}" for name, value in numbers.items())]))
 
 
-def _require_finite(result: StepResult, step: int, checkpoints: Checkpoints) -> None:
-    if result.loss == result.loss and abs(result.loss) != float("inf"):
-        return
-    good = checkpoints.steps()
+def _cannot_go_on(run: Run, result: StepResult) -> str:
+    good = run.checkpoints.steps()
     advice = f"the last checkpoint is step {good[-1]}" if good else "there is no checkpoint yet"
-    raise MoaiError(
-        f"the loss is {result.loss} at step {step + 1} ({advice}): "
-        "lower optim.lr, raise schedule.warmup, or use train.precision=fp32"
+    return (
+        f"step {run.done + 1} cannot be taken: {result.verdict.reason} ({advice}): lower optim.lr, raise "
+        "schedule.warmup, use train.precision=fp32, or leave the data out with health.rollback=true"
     )
 
 
+class _Signals(NamedTuple):
+    stop: threading.Event
+    save: threading.Event
+
+
 @contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event set by the first SIGTERM or SIGINT; a second SIGINT interrupts as usual."""
-    stop = threading.Event()
+def _signals() -> Iterator[_Signals]:
+    """`stop` is set by the first SIGTERM or SIGINT (a second SIGINT interrupts as usual), `save` by SIGUSR1."""
+    signals = _Signals(threading.Event(), threading.Event())
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield signals
         return
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        if stop.is_set() and number == signal.SIGINT:
+    def stop(number: int, frame: FrameType | None) -> None:
+        if signals.stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
-        stop.set()
+        signals.stop.set()
 
-    before: dict[int, Any] = {n: signal.signal(n, handle) for n in (signal.SIGTERM, signal.SIGINT)}
+    def save(number: int, frame: FrameType | None) -> None:
+        signals.save.set()
+
+    handlers: dict[int, Any] = {signal.SIGTERM: stop, signal.SIGINT: stop}
+    if hasattr(signal, "SIGUSR1"):
+        handlers[signal.SIGUSR1] = save
+    before: dict[int, Any] = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
-        yield stop
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -73,6 +73,15 @@ class Monitor:
         if self.live:
             self._progress.update(self._task, completed=step)
 
+    def rewind(self, step: int, text: str) -> None:
+        """The run went back to `step`: forget what was written of later steps, and say why in a line that stays."""
+        self.start = step
+        self._cut_back()
+        self._began = time.perf_counter()
+        self.log(step, event=text)
+        self.advance(step)
+        self.note(text)
+
     def note(self, text: str) -> None:
         """A line that stays: an evaluation, a sample, a checkpoint."""
         self.console.print(text, markup=False)

@@ -15,8 +15,16 @@ from moai_llm.recipe import LENGTHS, MAY_CHANGE, Recipe
 from moai_llm.runtime import MoaiError
 from moai_llm.training.checkpoint import Checkpoints
 
-RESUMABLE = ("description", "log", "eval", "checkpoint")  # sections that may change when a run is resumed
-WRITTEN = ("recipe.yaml", "metrics.jsonl", "training_log.csv", "samples.txt", "checkpoints")  # what a run leaves
+RESUMABLE = ("description", "log", "eval", "checkpoint", "health")  # sections that may change when a run is resumed
+WRITTEN = (
+    "recipe.yaml",
+    "metrics.jsonl",
+    "training_log.csv",
+    "samples.txt",
+    "rollbacks.json",
+    "hang.txt",
+    "checkpoints",
+)  # what a run leaves
 
 
 class Start(NamedTuple):
@@ -98,11 +106,11 @@ def _may_discard(recipe: Recipe) -> None:
 
 
 def _differences(begun: Recipe, now: Recipe) -> list[str]:
-    """Keys that must not change within a run but do. Its length may, and how data is read but not what; the model of
-    init_from is the one found there.
+    """Keys that must not change within a run but do. Its length and its place may, and how data is read but not what;
+    the model of init_from is the one found there.
     """
     old, new = recipes.to_tree(begun), recipes.to_tree(now)
     sections = [name for name in new if name not in RESUMABLE and not (name == "model" and now.train.init_from)]
-    may = {*(("train", key) for key in LENGTHS), *(("data", key) for key in MAY_CHANGE)}
-    keys = [(name, key) for name in sections for key in new[name] if (name, key) not in may]
+    free = {*(("train", key) for key in (*LENGTHS, "out")), *(("data", key) for key in MAY_CHANGE)}
+    keys = [(name, key) for name in sections for key in new[name] if (name, key) not in free]
     return [f"{name}.{key}" for name, key in keys if new[name][key] != old[name].get(key)]

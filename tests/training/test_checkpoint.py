@@ -38,7 +38,9 @@ def delete(file: Path) -> None:
     file.unlink()
 
 
-FILES = ("model.safetensors", f"{STATE}/optimizer.safetensors", f"{STATE}/state.json", "MANIFEST.json")
+FILES = (
+    "model.safetensors", f"{STATE}/optimizer.safetensors", f"{STATE}/state.json", "MANIFEST.json", "MANIFEST.sha256",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, zero_tail, delete])

@@ -264,7 +264,7 @@ def test_rows_longer_than_learned_positions(make_recipe: MakeRecipe) -> None:
 def test_lengths(make_recipe: MakeRecipe) -> None:
     from moai_llm.data.loader import Loader
     from moai_llm.data.shards import Store
-    from moai_llm.training.loop import total_steps
+    from moai_llm.training.start import total_steps
 
     loader = Loader(Store(make_recipe().data.train), 32)
     for overrides, expected in (
@@ -277,9 +277,17 @@ def test_lengths(make_recipe: MakeRecipe) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(make_recipe: MakeRecipe) -> None:
-    with pytest.raises(MoaiError, match=r"the loss is nan at step \d+ \(the last checkpoint is step .*lower optim.lr"):
+    with pytest.raises(
+        MoaiError, match=r"step \d+ cannot be taken: loss nan.*the last checkpoint is step .*lower optim.lr"
+    ):
         train(
-            make_recipe("optim.lr=1e30", "checkpoint.every=1", "schedule.warmup=0", "train.max_grad_norm=1e30"),
+            make_recipe(
+                "optim.lr=1e30",
+                "checkpoint.every=1",
+                "schedule.warmup=0",
+                "train.max_grad_norm=1e30",
+                "health.nonfinite=stop",
+            ),
             quiet=True,
         )
 
