@@ -84,6 +84,9 @@ def malformed(content: dict[str, Any]) -> Iterator[str]:
         yield f"dtype is {content.get('dtype')!r}, not one of {', '.join(BYTES)}"
     if not isinstance(content.get("tokenizer"), str):
         yield "tokenizer is no fingerprint"
+    for key, kind in (("text_bytes", int), ("sources", list), ("strategy", str), ("digest", str)):
+        if key in content and not isinstance(content[key], kind):
+            yield f"{key} is {content[key]!r}"
     for key in ("vocab_size", "tokens", "documents"):
         if not _is_count(content.get(key)):
             yield f"{key} is {content.get(key)!r}, not a number above 0"
@@ -161,10 +164,8 @@ def inconsistent(content: dict[str, Any], raw: bytes) -> Iterator[str]:
     if content.get("parts") and not math.isclose(sum(part["weight"] for part in members), 1, abs_tol=1e-6):
         yield f"the weights sum to {sum(part['weight'] for part in members):g}, not to 1"
     given = content.get("digest", "")
-    if given and (
-        not isinstance(given, str)
-        or hashlib.sha256(raw.replace(f'"{given}"'.encode("utf-8", "replace"), b'""', 1)).hexdigest() != given
-    ):
+    blank = raw.replace(f'"{given}"'.encode("utf-8", "replace"), b'""', 1)
+    if given and hashlib.sha256(blank).hexdigest() != given:
         yield "its content does not match its own checksum"
 
 

@@ -149,12 +149,11 @@ class Store:
             return None
         member, i = self._find(i)
         if self._parts:
-            mask = self._parts[member].store.learn(i, start, stop)
-            return (
-                np.ones(len(self.document(int(self._first[member]) + i, start, stop)), np.uint8)
-                if mask is None
-                else mask
-            )
+            store = self._parts[member].store
+            mask = store.learn(i, start, stop)
+            if mask is None:  # a text among conversations
+                return np.ones(len(store.document(i, start, stop)), np.uint8)
+            return mask
         a, b = self._span(member, i, start, stop)
         return self._masks[member][a:b]
 

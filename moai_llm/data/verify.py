@@ -118,7 +118,7 @@ class _Check:
         try:
             content, raw = parse_manifest(file)
         except MoaiError as error:
-            self.wrong(file, "", str(error))
+            self.wrong(file, "", str(error).removeprefix(f"{file} "))
             return found
         except OSError as error:
             self.wrong(file, "", error.strerror or str(error))

@@ -100,6 +100,7 @@ def test_the_page(stores: dict[str, Store], name: str) -> None:
     lengths = parsed.tables["Tokens in a document"][-1]
     last = overview.parts[-1]
     assert lengths == [last.name, *(f"{value:,}" for value in last.lengths[:4])]
+    assert ('class="mark"' in text) == (overview.lengths.bins[-1] >= SEQ_LEN)
     if overview.packings:
         rows = parsed.tables["What each way of packing makes"][1:]
         assert [row[:3] for row in rows] == [[r.packing, f"{r.rows:,}", f"{r.fullness:.1%}"] for r in overview.packings]

@@ -188,6 +188,7 @@ MANIFESTS: list[tuple[Callable[[dict], object], str]] = [  # type: ignore[type-a
     (lambda m: m.update(documents=0), "documents is 0, not a number above 0"),
     (lambda m: m.update(kind="speech"), "kind is 'speech', not one of text, chat, preference"),
     (lambda m: m.update(dtype="int8"), "dtype is 'int8'"),
+    (lambda m: m.update(text_bytes="many"), "text_bytes is 'many'"),
     (lambda m: m.update(vocab_size=70_000), "70,000 token ids do not fit into uint16"),
     (lambda m: m["shards"].append(m["shards"][0]), "the shard shards/00000 is there twice"),
     (lambda m: m["shards"][0].update(stem="../x"), "manifest names a file outside the store: ../x"),

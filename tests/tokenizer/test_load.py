@@ -146,3 +146,9 @@ def test_a_broken_config(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tokenizer.save(tmp_path) / "tokenizer_config.json").write_text("{broken")
     with pytest.raises(MoaiError, match="tokenizer_config.json is not readable JSON"):
         load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    with pytest.raises(MoaiError, match="tokenizer_config.json is not an object of JSON"):
+        load_tokenizer(tmp_path)
+    (tokenizer.save(tmp_path) / "chat_template.jinja").write_bytes(b"{{ \xff }}")
+    with pytest.raises(MoaiError, match="chat_template.jinja is not text in UTF-8"):
+        load_tokenizer(tmp_path)
