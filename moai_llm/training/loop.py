@@ -28,8 +28,10 @@ from moai_llm.data.shards import Store
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_everything, write_atomically
-from moai_llm.training.build import build_model
+from moai_llm.training.build import active_parameters, build_model
 from moai_llm.training.checkpoint import Checkpoints, restore
+from moai_llm.training.clipping import Clip
+from moai_llm.training.lr_guide import advice, kind_of_run
 from moai_llm.training.monitor import Monitor
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import Precision, make_precision
@@ -53,7 +55,8 @@ class StepResult:
     loss: float  # objective per target
     cross_entropy: float
     aux_loss: float
-    grad_norm: float
+    grad_norm: float  # before clipping
+    clip: float  # share of the norm that clipping left
     targets: int
     expert_load: Tensor | None  # (sparse layers, E) share of all selections in this step
 
@@ -105,9 +108,16 @@ def train(
     if recipe.train.init_from:
         recipe = with_model_of(recipe, model.config)
     optimizer = make_optimizer(model, recipe.optim)
+    clip = Clip(model, recipe.clip, recipe.train.max_grad_norm)
+    kind = kind_of_run(store.manifest.kind, recipe.train.init_from)
+    if warning := advice(recipe.optim.lr, kind, active_parameters(model), recipe.optim.name):
+        logger.warning(warning)
     total, planned = total_steps(recipe, loader, rows), total_steps(begun, loader, rows)
     position = {"data": store.fingerprint, "seq_len": recipe.data.seq_len, "rows": rows, "seed": recipe.train.seed}
     start, targets_seen, load = 0, 0, None
+    plateau, losses = recipe.schedule.name == "plateau", list[float]()  # of the evaluations so far, for that schedule
+    if plateau and not hooks:
+        raise MoaiError("schedule.name=plateau follows the evaluations and there are none: set data.valid")
     if latest is not None:
         state = restore(latest, model, optimizer)
         if state["position"] != position:
@@ -115,6 +125,8 @@ def train(
         start, targets_seen = state["step"], state["targets"]
         load = None if state["router_load"] is None else torch.tensor(state["router_load"], device=device)
         precision.scaler.load_state_dict(state["scaler"])
+        clip.norms.extend(state.get("norms", ()))
+        losses += state.get("eval_losses", ())
         if total < start:
             raise MoaiError(f"{latest} has done {start} steps, so this run cannot end after {total}: make it longer")
     yaml = recipes.dump(recipe)
@@ -128,13 +140,15 @@ def train(
             monitor.note(f"resumed from {latest}")
         if total != planned:
             monitor.note(f"continues to {total} steps, was {planned}")
+        if plateau and start and start % recipe.eval.every == 0 and start < total:
+            losses.append(_eval_loss(_run_hooks(hooks, start, model)))  # the checkpoint was written before it
         clock, since, done = time.perf_counter(), 0, start
         for step in range(start, total):
-            lr = learning_rate(step, total, recipe.optim.lr, recipe.schedule)
+            lr = learning_rate(step, total, recipe.optim.lr, recipe.schedule, losses)
             batch = loader.rows(step * rows, rows)
             result = train_step(
                 model, optimizer, precision, _micro_batches(batch, recipe.train.micro_batch_size), lr=lr,
-                max_grad_norm=recipe.train.max_grad_norm, router_load=load, noise_seed=(recipe.train.seed, step),
+                clip=clip, router_load=load, noise_seed=(recipe.train.seed, step),
             )  # fmt: skip
             _require_finite(result, step, checkpoints)
             targets_seen, load, done = targets_seen + result.targets, result.expert_load, step + 1
@@ -155,11 +169,13 @@ def train(
                 monitor.advance(done)
             if done % recipe.checkpoint.every == 0 or last:
                 state = {"targets": targets_seen, "position": position, "scaler": precision.scaler.state_dict(),
-                         "router_load": None if load is None else load.tolist()}  # fmt: skip
+                         "router_load": None if load is None else load.tolist(),
+                         "norms": list(clip.norms), "eval_losses": losses}  # fmt: skip
                 latest = checkpoints.save(done, model, tokenizer, yaml, optimizer, state)
                 clock, since = time.perf_counter(), 0
             if recipe.eval.every and done % recipe.eval.every == 0 and not last or done == total:
-                _run_hooks(hooks, done, model, monitor)
+                numbers = _run_hooks(hooks, done, model, monitor)
+                losses += [_eval_loss(numbers)] if plateau else []
                 clock, since = time.perf_counter(), 0
             if stopping:
                 monitor.note(f"stopped after step {done} of {total}: {latest}; go on with --resume")
@@ -175,13 +191,14 @@ def train_step(
     batches: Sequence[Batch],
     *,
     lr: float,
-    max_grad_norm: float,
+    clip: Clip,
     router_load: Tensor | None = None,
     noise_seed: tuple[int, int] = (0, 0),
 ) -> StepResult:
     """One optimizer step over micro-batches that together are one batch.
 
     Args:
+        lr: of this step; a group of parameters takes its `lr_scale` of it.
         router_load: (sparse layers, E) the load of the step before, which the balance loss multiplies with: it is the
             same for every micro-batch, so that accumulating does not change the step. Uniform when None.
         noise_seed: (seed, step); with the micro-batch's number it is all that the router's noise depends on.
@@ -207,16 +224,16 @@ def train_step(
         aux = output.loss.new_zeros(()) if output.aux_loss is None else output.aux_loss
         sums += torch.stack([output.loss.detach(), output.cross_entropy, aux]).float()
     precision.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    clipped = clip()
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     precision.scaler.step(optimizer)
     precision.scaler.update()
     optimizer.zero_grad(set_to_none=True)
     counts = model.model.take_expert_counts()
     load = counts / counts.sum(-1, keepdim=True).clamp_min(1) if counts.numel() else None
     loss, cross_entropy, aux_loss = sums.tolist()
-    return StepResult(loss, cross_entropy, aux_loss, float(norm), targets, load)
+    return StepResult(loss, cross_entropy, aux_loss, float(clipped.norm), float(clipped.kept), targets, load)
 
 
 def noise_key(seed: int, step: int, micro_batch: int, device: torch.device) -> Tensor:
@@ -231,7 +248,9 @@ def _micro_batches(batch: Batch, size: int) -> list[Batch]:
 
 
 def _numbers(result: StepResult) -> dict[str, float]:
-    numbers = {"loss": result.cross_entropy, "objective": result.loss, "grad_norm": result.grad_norm}
+    numbers = {
+        "loss": result.cross_entropy, "objective": result.loss, "grad_norm": result.grad_norm, "clip": result.clip,
+    }  # fmt: skip
     if result.expert_load is not None:
         load = result.expert_load
         numbers["aux_loss"] = result.aux_loss
@@ -240,15 +259,26 @@ def _numbers(result: StepResult) -> dict[str, float]:
     return numbers
 
 
-def _run_hooks(hooks: Sequence[Hook], step: int, model: MoaiForCausalLM, monitor: Monitor) -> None:
+def _run_hooks(
+    hooks: Sequence[Hook], step: int, model: MoaiForCausalLM, monitor: Monitor | None = None
+) -> dict[str, float]:
     numbers: dict[str, float] = {}
     model.eval()
     for hook in hooks:
         numbers.update(hook(step, model))
     model.train()
-    if numbers:
+    if numbers and monitor is not None:
         monitor.log(step, **numbers)
         monitor.note("  ".join([f"step {step}:", *(f"{name} {value:.4f}" for name, value in numbers.items())]))
+    return numbers
+
+
+def _eval_loss(numbers: dict[str, float]) -> float:
+    if "eval_loss" not in numbers:
+        raise MoaiError(
+            "schedule.name=plateau follows the loss of the evaluations, and no hook says it: set data.valid"
+        )
+    return numbers["eval_loss"]
 
 
 def _require_finite(result: StepResult, step: int, checkpoints: Checkpoints) -> None:
