@@ -147,7 +147,7 @@ def train(
             lr = learning_rate(step, total, recipe.optim.lr, recipe.schedule, losses)
             batch = loader.rows(step * rows, rows)
             result = train_step(
-                model, optimizer, precision, _micro_batches(batch, recipe.train.micro_batch_size), lr=lr,
+                model, optimizer, precision, split_rows(batch, recipe.train.micro_batch_size), lr=lr,
                 clip=clip, router_load=load, noise_seed=(recipe.train.seed, step),
             )  # fmt: skip
             _require_finite(result, step, checkpoints)
@@ -242,7 +242,8 @@ def noise_key(seed: int, step: int, micro_batch: int, device: torch.device) -> T
     return torch.tensor(mixed, dtype=torch.int64, device=device)
 
 
-def _micro_batches(batch: Batch, size: int) -> list[Batch]:
+def split_rows(batch: Batch, size: int) -> list[Batch]:
+    """Micro-batches of at most `size` rows."""
     count = batch["input_ids"].shape[0]
     return [{key: t[i : i + size] for key, t in batch.items()} for i in range(0, count, size)]
 

@@ -17,6 +17,7 @@ from moai_llm.training.checkpoint import Checkpoints
 
 RESUMABLE = ("description", "log", "eval", "checkpoint")  # sections that may change when a run is resumed
 WRITTEN = ("recipe.yaml", "metrics.jsonl", "training_log.csv", "samples.txt", "checkpoints")  # what a run leaves
+LR_TEST = "lr_finder.csv"  # what `moai train ... --find-lr` leaves in the directory of a run that may not have begun
 
 
 class Start(NamedTuple):
@@ -75,7 +76,7 @@ def with_model_of(recipe: Recipe, config: MoaiConfig) -> Recipe:
 
 def _may_discard(recipe: Recipe) -> None:
     out = Path(recipe.train.out)
-    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+    if not out.exists() or out.is_dir() and all(path.name == LR_TEST for path in out.iterdir()):
         return
     ran = (out / "recipe.yaml").is_file() and (out / "metrics.jsonl").is_file()
     if not ran and not any(out.glob("checkpoints/step-*/MANIFEST.json")):
