@@ -1,5 +1,5 @@
-"""A learning rate from a short test: the rate rises from far too low to far too high while a copy of the model trains on
-the data of the run, and the loss shows where learning sets in and where it breaks (arXiv 1506.01186, section 3.3).
+"""A learning rate from a short test: the rate rises from far too low to far too high while a copy of the model trains
+on the data of the run, and the loss shows where learning sets in and where it breaks (arXiv 1506.01186, section 3.3).
 
 Nothing of the run changes: its model, its random state and its directory are as they were.
 """

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from moai_llm.optimization import OPTIM_OPTIONS, OptimConfig
 from moai_llm.runtime import MoaiError, did_you_mean, require
 from moai_llm.training.lion import Lion
-from moai_llm.training.muon import StackedMuon
+from moai_llm.training.muon import Muon
 
 # recurrence parameters: pulling them to zero would change time constants, not simplify the model
 NO_DECAY = ("A_log", "D", "dt_bias")
@@ -196,21 +196,19 @@ def _paging(model: nn.Module, config: OptimConfig) -> Any:
 
 
 def _muon(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """Muon for the matrices inside the layers, AdamW for the rest (arXiv 2502.16982). Updates are scaled to the size
-    of AdamW's, so one learning rate and one weight decay serve both.
+    """Muon for the matrices inside the layers, each expert's too, and AdamW for the rest (arXiv 2502.16982). Updates
+    are scaled to the size of AdamW's, so one learning rate and one weight decay serve both.
     """
-
-    def hidden(dim: int) -> Take:
-        return lambda name, p: decays(name, p) and p.dim() == dim and not NOT_HIDDEN.search(name)
-
-    lr, momentum = config.lr, _options(config, "momentum")
     return _combine(
-        (lambda groups: torch.optim.Muon(groups, lr=lr, **momentum, adjust_lr_fn="match_rms_adamw"),
-         parameter_groups(model, config, hidden(2))),
-        (lambda groups: StackedMuon(groups, lr=lr, **momentum), parameter_groups(model, config, hidden(3))),
-        (lambda groups: torch.optim.AdamW(groups, lr=lr, **_options(config, "betas", "eps"), fused=True),
-         parameter_groups(model, config, lambda name, p: not hidden(2)(name, p) and not hidden(3)(name, p))),
+        (lambda groups: Muon(groups, lr=config.lr, **_options(config, "momentum")),
+         parameter_groups(model, config, _is_hidden)),
+        (lambda groups: torch.optim.AdamW(groups, lr=config.lr, **_options(config, "betas", "eps"), fused=True),
+         parameter_groups(model, config, lambda name, parameter: not _is_hidden(name, parameter))),
     )  # fmt: skip
+
+
+def _is_hidden(name: str, parameter: Tensor) -> bool:
+    return decays(name, parameter) and not NOT_HIDDEN.search(name)
 
 
 def _adafactor(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
