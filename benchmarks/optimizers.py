@@ -74,20 +74,20 @@ def measure(name: str, fields: dict[str, Any], quick: bool) -> Table:
 def muon(quick: bool) -> Table:
     """One matrix of the dense model; torch's computes in bf16 wherever it runs."""
     shape = (64, 128) if quick else (DENSE["hidden_size"], DENSE["intermediate_size"])
+    fast = has_fast_bf16(torch.device("cpu"))
     ours, theirs = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.empty(shape))
     theirs.data.copy_(ours.data)
     start, gradient = ours.detach().clone(), torch.randn(shape)
     steps = {
-        "muon": Muon([ours], lr=LR, weight_decay=DECAY),
+        "muon": Muon([ours], lr=LR, weight_decay=DECAY, dtype=torch.bfloat16 if fast else torch.float32),
         "torch Muon": torch.optim.Muon([theirs], lr=LR, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),
     }
     ours.grad, theirs.grad = gradient, gradient.clone()
     for optimizer in steps.values():
         optimizer.step()
     require_close("muon", ours - start, theirs - start, 0.03)
-    fast = "has" if has_fast_bf16(ours.device) else "does not have"
     table = Table(
-        f"Muon, a matrix of {shape[0]} x {shape[1]}, one thread of a CPU that {fast} fast bf16",
+        f"Muon, a matrix of {shape[0]} x {shape[1]}, one thread of a CPU with{'' if fast else 'out'} fast bf16",
         ("optim.name", "CPU-ms of a step"),
     )
     print(table.title)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from moai_llm.optimization import OPTIM_OPTIONS, OptimConfig
-from moai_llm.runtime import MoaiError, did_you_mean, require
+from moai_llm.runtime import MoaiError, did_you_mean, has_fast_bf16, require
 from moai_llm.training.lion import Lion
 from moai_llm.training.muon import Muon
 
@@ -199,8 +199,9 @@ def _muon(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
     """Muon for the matrices inside the layers, each expert's too, and AdamW for the rest (arXiv 2502.16982). Updates
     are scaled to the size of AdamW's, so one learning rate and one weight decay serve both.
     """
+    dtype = torch.bfloat16 if has_fast_bf16(next(model.parameters()).device) else torch.float32
     return _combine(
-        (lambda groups: Muon(groups, lr=config.lr, **_options(config, "momentum")),
+        (lambda groups: Muon(groups, lr=config.lr, **_options(config, "momentum"), dtype=dtype),
          parameter_groups(model, config, _is_hidden)),
         (lambda groups: torch.optim.AdamW(groups, lr=config.lr, **_options(config, "betas", "eps"), fused=True),
          parameter_groups(model, config, lambda name, parameter: not _is_hidden(name, parameter))),
