@@ -32,6 +32,11 @@ class Clip:
         self.matrices = _matrices(model)
         self.norms: deque[float] = deque(maxlen=self.config.history)  # a resumed run needs them
 
+    def remember(self, norms: Iterable[float]) -> None:
+        """In place of what is remembered: of a run that goes on from a checkpoint."""
+        self.norms.clear()
+        self.norms.extend(norms)
+
     def __call__(self) -> Clipped:
         with_gradient = [parameter for parameter in self.parameters if parameter.grad is not None]
         norm = left = _norm(with_gradient)

@@ -125,8 +125,8 @@ def train(
         start, targets_seen = state["step"], state["targets"]
         load = None if state["router_load"] is None else torch.tensor(state["router_load"], device=device)
         precision.scaler.load_state_dict(state["scaler"])
-        clip.norms.extend(state.get("norms", ()))
-        losses += state.get("eval_losses", ())
+        clip.remember(state.get("norms", ()))
+        losses[:] = state.get("eval_losses", ())
         if total < start:
             raise MoaiError(f"{latest} has done {start} steps, so this run cannot end after {total}: make it longer")
     yaml = recipes.dump(recipe)
@@ -170,7 +170,7 @@ def train(
             if done % recipe.checkpoint.every == 0 or last:
                 state = {"targets": targets_seen, "position": position, "scaler": precision.scaler.state_dict(),
                          "router_load": None if load is None else load.tolist(),
-                         "norms": list(clip.norms), "eval_losses": losses}  # fmt: skip
+                         "norms": list(clip.norms), "eval_losses": list(losses)}  # fmt: skip
                 latest = checkpoints.save(done, model, tokenizer, yaml, optimizer, state)
                 clock, since = time.perf_counter(), 0
             if recipe.eval.every and done % recipe.eval.every == 0 and not last or done == total:

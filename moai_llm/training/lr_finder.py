@@ -92,21 +92,24 @@ def find_lr(recipe: Recipe, progress: Progress = lambda step, lr, loss: None, st
     kind = kind_of_run(store.manifest.kind, recipe.train.init_from)
     low, high = guide(kind, active_parameters(model), recipe.optim.name) or (1e-2, 1.0)  # of plain SGD
     precision = make_precision(recipe.train.precision, device, recipe.train.tf32)
-    return sweep(model, recipe, loader, precision, low / BELOW, high * ABOVE, steps, progress)
+    return sweep(model, recipe, loader, precision, low / BELOW, high * ABOVE, steps, progress, keep=False)
 
 
 def sweep(
     model: MoaiForCausalLM, recipe: Recipe, loader: Loader, precision: Precision, low: float, high: float, steps: int,
-    progress: Progress = lambda step, lr, loss: None,
+    progress: Progress = lambda step, lr, loss: None, *, keep: bool = True,
 ) -> Found:  # fmt: skip
     """Train a copy of the model for at most so many steps, the learning rate rising from `low` to `high` by the same
     factor each step, until the loss has broken.
+
+    Args:
+        keep: false where nobody needs the model afterwards: it is then trained itself, which saves the memory of a copy.
     """
     rows = max(1, recipe.train.batch_tokens // recipe.data.seq_len)
     rates: list[float] = []
     losses: list[float] = []
     with torch.random.fork_rng(devices=[precision.device] if precision.device.type == "cuda" else []):
-        trial, load = copy.deepcopy(model).train(), None
+        trial, load = (copy.deepcopy(model) if keep else model).train(), None
         optimizer = make_optimizer(trial, recipe.optim)
         clip = Clip(trial, recipe.clip, recipe.train.max_grad_norm)
         for step in range(steps):
