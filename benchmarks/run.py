@@ -19,6 +19,7 @@ BENCHMARKS = {
     "data_packing": "documents into rows: how full, how even, how fast",
     "decode": "greedy decoding against transformers generate",
     "data_dedup": "near-duplicates: speed and recall beside datasketch and rensa",
+    "optimizers": "bytes of state and time of a step of each optimizer",
     "tokenizer": "training, encoding, memory and extension of tokenizers",
     "learning": "held-out loss on tiny Shakespeare beside a transformers baseline",
     "transfer": "bits per byte after a model got another tokenizer, for each way to make its new rows",

@@ -16,6 +16,7 @@ from benchmarks.harness import Disagreement, Table, Timing, interleave, threads
 from moai_llm.ops.dispatch import use
 from moai_llm.recipe import OptimConfig
 from moai_llm.runtime import has_fast_bf16
+from moai_llm.training.clipping import Clip
 from moai_llm.training.loop import train_step
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import make_precision
@@ -189,12 +190,12 @@ def defaults(rounds: int) -> Table:
     own, peer = models.ours(models.qwen3(vocab)), models.qwen3(vocab).train()
     own.train()
     precision = make_precision("auto", torch.device("cpu"))
-    optimizer = make_optimizer(own, OptimConfig(lr=1e-4, weight_decay=0.0))
+    optimizer, clip = make_optimizer(own, OptimConfig(lr=1e-4, weight_decay=0.0)), Clip(own)
     theirs = torch.optim.AdamW(peer.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     rows: dict[str, Any] = {"input_ids": ids, "labels": labels, "position_ids": position_ids, "seq_idx": seq_idx}
 
     def our_step() -> float:
-        return train_step(own, optimizer, precision, [rows], lr=1e-4, max_grad_norm=1.0).loss
+        return train_step(own, optimizer, precision, [rows], lr=1e-4, clip=clip).loss
 
     def their_step() -> float:
         loss = peer(input_ids=ids, labels=labels, position_ids=position_ids, use_cache=False).loss

@@ -12,22 +12,18 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge
 
 from moai_llm.architecture import Architecture
+from moai_llm.bounds import Count, Positive
 from moai_llm.mixture import SourceConfig, StageConfig, check_stages, of_the_meant_type, place_of, with_sources
+from moai_llm.optimization import ClipConfig, GroupRule, OptimConfig, ScheduleConfig
 from moai_llm.runtime import MoaiError, did_you_mean
 
 if TYPE_CHECKING:
     from moai_llm.config import MoaiConfig
 
 RECIPES = Path(__file__).parent / "recipes"
-
-Count = Annotated[int, Ge(1)]
-Positive = Annotated[float, Gt(0)]
-NotNegative = Annotated[float, Ge(0)]
-Share = Annotated[float, Ge(0), Le(1)]
-Beta = Annotated[float, Ge(0), Lt(1)]
 
 # loss.type -> its parameters; a test compares them with losses.py, which imports torch
 LOSS_PARAMS = {
@@ -53,6 +49,18 @@ ELSEWHERE = {
     "gradient_accumulation_steps": "train.batch_tokens, tokens per step, from which accumulation follows",
     "gradient_checkpointing": "train.activation_checkpointing",
     "warmup_steps": "schedule.warmup",
+    "warmup_ratio": "schedule.warmup, which below 1 is a share of all steps",
+    "lr_scheduler_type": "schedule.name",
+    "lr_scheduler": "schedule.name",
+    "optim": "optim.name",
+    "optimizer": "optim.name",
+    "optim_type": "optim.name",
+    "adam_beta1": "optim.betas, both in one list",
+    "adam_beta2": "optim.betas, both in one list",
+    "adam_epsilon": "optim.eps",
+    "gradient_clipping": "train.max_grad_norm",
+    "grad_clip": "train.max_grad_norm",
+    "clip_grad": "train.max_grad_norm",
     "bf16": "train.precision=bf16",
     "fp16": "train.precision=fp16",
     "max_length": "data.seq_len",
@@ -115,28 +123,6 @@ class LossConfig:
 
 
 @dataclass(kw_only=True)
-class OptimConfig:
-    name: Literal["adamw"] = "adamw"
-    lr: NotNegative = 3e-4
-    betas: tuple[Beta, Beta] = (0.9, 0.95)
-    eps: NotNegative = 1e-8
-    #: on matrices, not on norms, biases or the state space's A_log, D and dt_bias
-    weight_decay: NotNegative = 0.1
-
-
-@dataclass(kw_only=True)
-class ScheduleConfig:
-    #: warmup-stable-decay (arXiv 2410.05192) or cosine
-    name: Literal["wsd", "cosine", "constant"] = "wsd"
-    #: steps, or with a value below 1 a share of all steps
-    warmup: NotNegative = 0.02
-    #: share of all steps in which wsd decays
-    decay: Share = 0.2
-    #: the lowest learning rate, as a share of `optim.lr`
-    min_ratio: Share = 0.0
-
-
-@dataclass(kw_only=True)
 class TrainConfig:
     #: the run directory
     out: str = "runs/run"
@@ -150,6 +136,7 @@ class TrainConfig:
     batch_tokens: Count = 65536
     #: rows per forward pass
     micro_batch_size: Count = 8
+    #: the largest norm of the gradient, under every `clip`
     max_grad_norm: Positive = 1.0
     seed: int = 0
     #: auto | cpu | cuda | cuda:1 ...
@@ -218,6 +205,7 @@ class Recipe:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
@@ -263,7 +251,7 @@ def from_tree(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Validate a nested mapping as a recipe; raises `MoaiError` like `load`."""
     from pydantic import TypeAdapter, ValidationError
 
-    nested = (SourceConfig, StageConfig)
+    nested = (SourceConfig, StageConfig, GroupRule)
     for cls in (Recipe, *nested, *(t for t in get_type_hints(Recipe).values() if is_dataclass(t))):
         cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[union-attr]
     try:
@@ -282,7 +270,7 @@ def from_tree(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
 def to_tree(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain YAML types, every key written out."""
     tree = asdict(recipe)
-    tree["optim"]["betas"] = list(recipe.optim.betas)
+    tree["optim"]["betas"] = None if recipe.optim.betas is None else list(recipe.optim.betas)
     return tree
 
 
@@ -329,6 +317,14 @@ def _check(recipe: Recipe, source: str) -> None:
     check_stages(recipe.data.run(), f"{source}: data.stages" if recipe.data.stages else f"{source}: data")
     if rows[0] < rows[1]:
         raise MoaiError(f"{source}: train.batch_tokens {rows[0]} is less than one row, data.seq_len {rows[1]}")
+    try:
+        recipe.optim.check()
+    except ValueError as error:
+        raise MoaiError(f"{source}: optim.{error}") from None
+    if recipe.schedule.name == "plateau" and not recipe.eval.every:
+        raise MoaiError(
+            f"{source}: schedule.name=plateau follows the evaluations: set eval.every, and data.valid to evaluate on"
+        )
 
 
 def _read(name_or_path: str | Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
@@ -279,6 +280,28 @@ def test_control_a_wrong_tree_is_seen() -> None:
 def test_the_table_of_recipes(capsys: pytest.CaptureFixture[str]) -> None:
     main(["recipes", "--markdown"])
     assert capsys.readouterr().out.strip() in README.read_text(encoding="utf-8")
+
+
+def test_the_guide_to_learning_rates(capsys: pytest.CaptureFixture[str]) -> None:
+    from moai_llm.training.lr_guide import NAMES, PUBLISHED
+
+    main(["recipes", "--lr-guide", "--markdown"])
+    text = (ROOT / "docs" / "optimization.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.strip() in text
+    for value in PUBLISHED:
+        assert f"| {NAMES[value.kind]} | {value.model} | {value.lr:.1e} | {value.source} |" in text
+
+
+def test_the_tables_of_optimizers_schedules_and_clips() -> None:
+    from moai_llm.optimization import OPTIM_OPTIONS
+
+    text = (ROOT / "docs" / "optimization.md").read_text(encoding="utf-8")
+    for name, options in OPTIM_OPTIONS.items():
+        (row,) = re.findall(rf"^\| `{name}` \|.*\| ([^|]*)\|$", text, re.MULTILINE)
+        assert set(re.findall(r"`(\w+)`", row)) == set(options), name
+    for section in (recipes.ScheduleConfig, recipes.ClipConfig):
+        for name in get_args(get_type_hints(section)["name"]):
+            assert f"\n| `{name}` |" in text
 
 
 def key_rows(page: str) -> dict[str, str]:

@@ -14,8 +14,8 @@ import moai_llm
 
 PACKAGE = Path(moai_llm.__file__).parent
 FLOORS = [
-    ["runtime"],
-    ["ops", "architecture", "mixture"],
+    ["runtime", "bounds"],
+    ["ops", "architecture", "mixture", "optimization"],
     ["config", "losses"],
     ["recipe", "tokenizer", "modeling"],
     ["data", "quantization"],

@@ -183,6 +183,17 @@ def test_a_model_section_by_name(tmp_path: Path) -> None:
         (["schedule.decay=-0.1"], r"schedule.decay"),
         (["schedule.min_ratio=2"], r"schedule.min_ratio"),
         (["train.max_grad_norm=0"], r"train.max_grad_norm: .*greater than 0"),
+        (["optim.name=adam"], r"optim.name: .*'adamw_8bit'"),
+        (["optim.name=lion", "optim.eps=1e-8"], r"optim.eps does nothing with optim.name=lion: leave it out"),
+        (["optim.momentum=0.9"], r"optim.momentum does nothing with optim.name=adamw"),
+        (["optim.groups=[{match: '('}]"], r"optim.groups\[0\].match '\(' is not a regular expression"),
+        (["optim.groups=[{match: a, lr_scal: 1}]"], r"optim.groups.0.lr_scal: unknown key \(did you mean 'lr_scale'"),
+        (["optim.groups=[{lr_scale: 1}]"], r"optim.groups.0.match"),
+        (["schedule.name=plateau"], r"follows the evaluations: set eval.every"),
+        (["schedule.lr_scheduler_type=x"], r"here it is schedule.name"),
+        (["train.optim=adamw"], r"here it is optim.name"),
+        (["clip.percentile=101"], r"clip.percentile"),
+        (["clip.name=value"], r"'norm', 'percentile' or 'agc'"),
         (["loss.type=focall"], r"loss.type 'focall' is unknown; there are .*did you mean 'focal'"),
         (["loss.type=focal", "loss.params.gama=1"], r"loss.params.gama is unknown; .*did you mean 'gamma'"),
         (["train.init_from=x", "model.num_hidden_layers=2"], r"model.num_hidden_layers: the model comes from"),
@@ -191,6 +202,18 @@ def test_a_model_section_by_name(tmp_path: Path) -> None:
 def test_wrong_recipes_say_what_to_do(overrides: list[str], message: str) -> None:
     with pytest.raises(MoaiError, match=message):
         recipes.load("moai-3b", overrides)
+
+
+def test_options_of_an_optimizer() -> None:
+    """Its own defaults where nothing is said, and null where it has no such option."""
+    found = {name: recipes.load("moai-3b", [f"optim.name={name}"]).optim for name in ("adamw", "lion", "muon", "sgd")}
+    assert found["adamw"].betas == (0.9, 0.95) and found["adamw"].momentum is None
+    assert found["lion"].betas == (0.9, 0.99) and found["lion"].eps is None
+    assert found["muon"].momentum == 0.95 and found["sgd"].momentum == 0.9 and found["sgd"].betas is None
+    rules = ["optim.name=lion", "optim.groups=[{match: embed, lr_scale: 0.5}]"]
+    recipe = recipes.load("moai-3b", rules)
+    assert recipe.optim.groups[0].lr_scale == 0.5 and recipe.optim.groups[0].weight_decay is None
+    assert recipes.from_tree(recipes.to_tree(recipe)) == recipe
 
 
 def test_unreadable_recipes(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ class Trial:
         from moai_llm.data.shards import Store
         from moai_llm.evaluation.perplexity import evaluate
         from moai_llm.recipe import OptimConfig
+        from moai_llm.training.clipping import Clip
         from moai_llm.training.loop import train_step
         from moai_llm.training.optim import make_optimizer
         from moai_llm.training.precision import make_precision
@@ -108,7 +109,7 @@ class Trial:
         held_out = Loader(Store(self.folder / f"{which}-valid"), self.length, seed=None)
         data = Loader(Store(self.folder / f"{which}-train"), self.length, seed)
         lengths, precision = held_out.sources[0].store.tokenizer().byte_lengths(), make_precision("auto", self.device)
-        optimizer, load = make_optimizer(model, OptimConfig(lr=self.lr)), None
+        optimizer, clip, load = make_optimizer(model, OptimConfig(lr=self.lr)), Clip(model), None
 
         def measure() -> float:
             model.eval()
@@ -121,7 +122,7 @@ class Trial:
             batch = data.rows(step * self.rows, self.rows)
             lr = self.lr * min(1.0, (step + 1) / WARMUP)
             result = train_step(
-                model, optimizer, precision, [batch], lr=lr, max_grad_norm=1.0,
+                model, optimizer, precision, [batch], lr=lr, clip=clip,
                 router_load=load, noise_seed=(seed, step),
             )  # fmt: skip
             load = result.expert_load

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moai_llm import recipe as recipes
-from moai_llm.runtime import MoaiError
+from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
     from moai_llm.recipe import Recipe
@@ -33,6 +33,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="go on from the newest checkpoint of train.out; `--resume auto` begins the run where there is none yet",
     )
     parser.add_argument("--fresh", action="store_true", help="delete the run in train.out and begin anew")
+    parser.add_argument(
+        "--find-lr", action="store_true", help="test learning rates for a few steps, print what they do, and stop"
+    )
     parser.add_argument("--show", action="store_true", help="print the resolved recipe and stop")
 
 
@@ -54,11 +57,38 @@ def run(arguments: argparse.Namespace) -> None:
 
     if recipe.train.init_from and not (resume and not Path(recipe.train.init_from).exists()):
         recipe.train.init_from = str(resolve_model(recipe.train.init_from))
+    if arguments.find_lr:
+        _find_lr(recipe, resume=resume is not None, fresh=arguments.fresh)
+        return
     trained = train(recipe, hooks=make_hooks(recipe), resume=resume is not None, fresh=arguments.fresh)
     if trained.finished:
         chats = Store(recipe.data.stores()[-1]).manifest.kind == "chat"
         use = f"moai chat {recipe.train.out}" if chats else f"moai generate {recipe.train.out} --prompt TEXT"
         print(f"saved {trained.checkpoint}. Next: {use}")
+
+
+def _find_lr(recipe: Recipe, *, resume: bool, fresh: bool) -> None:
+    from moai_llm.training.lr_finder import STEPS, find_lr, plot, write_csv
+    from moai_llm.training.start import LR_TEST
+
+    if resume or fresh:
+        raise MoaiError("--find-lr tests the beginning of a run and changes none: leave out --resume and --fresh")
+    console, file = make_console(), Path(recipe.train.out) / LR_TEST
+    with console.status("testing learning rates") as status:
+
+        def progress(step: int, lr: float, loss: float) -> None:
+            text = f"step {step}/{STEPS}  lr {lr:.1e}  loss {loss:.3f}"
+            status.update(text)
+            if not console.is_terminal and step % 10 == 0:
+                console.print(text)
+
+        found = find_lr(recipe, progress)
+    write_csv(found, file)
+    console.print(plot(found), markup=False)
+    if found.suggested is None:
+        console.print(f"The loss did not fall at any of these rates: look at the data and at {file}")
+    else:
+        console.print(f"suggested: optim.lr={found.suggested:.1e}, the recipe has {recipe.optim.lr:.1e}. Steps: {file}")
 
 
 def make_hooks(recipe: Recipe) -> list[Hook]:

@@ -63,6 +63,14 @@ def build_model(
     return model.train()
 
 
+def active_parameters(model: MoaiForCausalLM) -> int:
+    """What one token passes through; all parameters where a brick from outside cannot be counted."""
+    try:
+        return model.config.parameters()["active"]
+    except ValueError:
+        return sum(parameter.numel() for parameter in model.parameters())
+
+
 def _load(path: Path, tokenizer: Tokenizer) -> MoaiForCausalLM:
     if not (path / "config.json").is_file():
         raise MoaiError(f"train.init_from: {path} is not a model directory (no config.json)")

@@ -32,6 +32,7 @@ from torch import nn
 from moai_llm.data.shards import sha256_of
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
+from moai_llm.training.optim import place_state
 
 logger = logging.getLogger("moai_llm")
 STATE = "training_state"
@@ -251,11 +252,20 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """{"exp_avg/model.norm.weight": tensor, ...}: by parameter name, so that the order of groups does not matter."""
-    tensors = {}
+    """{"exp_avg/model.norm.weight": tensor, ...}: by parameter name, so that the order of groups does not matter.
+
+    A number of Python becomes a 64-bit scalar, and a number again when it is read: torch's own counters have 32 bits.
+    A tensor that several parameters share, such as the quantisation map of 8-bit states, is written for each of them.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    written = set()
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}/{name}"] = torch.as_tensor(value).detach().contiguous()
+            if isinstance(value, (int, float)):
+                value = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+            tensor = value.detach().contiguous()
+            tensors[f"{key}/{name}"] = tensor.clone() if tensor.data_ptr() in written else tensor
+            written.add(tensor.data_ptr())
     return tensors
 
 
@@ -266,9 +276,9 @@ def _load_optimizer(tensors: dict[str, torch.Tensor], model: nn.Module, optimize
         key, _, name = full.partition("/")
         if name not in parameters:
             raise MoaiError(f"the optimizer state names {name}, which this model does not have")
-        parameter = parameters[name]
-        # a step counter of a fused optimizer lives on the parameter's device too
-        optimizer.state[parameter][key] = tensor.to(parameter.device)
+        parameter, number = parameters[name], tensor.dim() == 0 and tensor.dtype in (torch.int64, torch.float64)
+        value = tensor.item() if number else place_state(optimizer, parameter, key, tensor)
+        optimizer.state[parameter][key] = value
 
 
 def _write_manifest(directory: Path, step: int) -> None:

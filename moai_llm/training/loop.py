@@ -25,6 +25,7 @@ from moai_llm.data.loader import Batch
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError
+from moai_llm.training.clipping import Clip
 from moai_llm.training.health import Health, Verdict
 from moai_llm.training.monitor import Monitor
 from moai_llm.training.precision import Precision
@@ -48,7 +49,8 @@ class StepResult:
     loss: float  # objective per target
     cross_entropy: float
     aux_loss: float
-    grad_norm: float
+    grad_norm: float  # before clipping
+    clip: float  # share of the norm that clipping left
     targets: int
     expert_load: Tensor | None  # (sparse layers, E) share of all selections in this step
     verdict: Verdict
@@ -74,6 +76,8 @@ def train(
         MoaiError: the recipe lacks data or a length, the directory already holds a run, a checkpoint cannot be
             written, or the steps cannot be taken (`health.py`).
     """
+    if recipe.schedule.name == "plateau" and not hooks:
+        raise MoaiError("schedule.name=plateau follows the evaluations and there are none: set data.valid")
     run = Run.begin(recipe, resume=resume, fresh=fresh)
     recipe = run.recipe
     with (
@@ -84,13 +88,16 @@ def train(
     ):
         for line in run.notes:
             monitor.note(line)
+        with watchdog.paused():
+            _catch_up(hooks, run)
         clock, since, waited = time.perf_counter(), 0, 0.0
         while run.done < run.total:
-            batch, lr = run.batch(), learning_rate(run.done, run.total, recipe.optim.lr, recipe.schedule)
+            lr = learning_rate(run.done, run.total, recipe.optim.lr, recipe.schedule, run.eval_losses)
+            batch = run.batch()
             result = train_step(
-                run.model, run.optimizer, run.precision, _micro_batches(batch, recipe.train.micro_batch_size), lr=lr,
-                max_grad_norm=recipe.train.max_grad_norm, router_load=run.router_load,
-                noise_seed=(recipe.train.seed, run.done + run.ahead), health=run.health,
+                run.model, run.optimizer, run.precision, split_rows(batch, recipe.train.micro_batch_size), lr=lr,
+                clip=run.clip, router_load=run.router_load, noise_seed=(recipe.train.seed, run.done + run.ahead),
+                health=run.health,
             )  # fmt: skip
             watchdog.beat()
             if result.verdict.reason:
@@ -100,6 +107,7 @@ def train(
             if result.verdict.action == "rollback":
                 with watchdog.paused():
                     run.roll_back(result.verdict.reason)
+                    _catch_up(hooks, run)
                 monitor.rewind(run.done, run.notes[-1])
                 clock, since, waited = time.perf_counter(), 0, run.waited
                 continue
@@ -129,7 +137,7 @@ def train(
                 clock, since, waited = time.perf_counter(), 0, run.waited
             if recipe.eval.every and run.done % recipe.eval.every == 0 and not last or run.done == run.total:
                 with watchdog.paused():
-                    _run_hooks(hooks, run.done, run.model, monitor)
+                    _run_hooks(hooks, run, monitor)
                 clock, since, waited = time.perf_counter(), 0, run.waited
             if stopping:
                 monitor.note(f"stopped after step {run.done} of {run.total}: {run.latest}; go on with --resume")
@@ -145,7 +153,7 @@ def train_step(
     batches: Sequence[Batch],
     *,
     lr: float,
-    max_grad_norm: float,
+    clip: Clip,
     router_load: Tensor | None = None,
     noise_seed: tuple[int, int] = (0, 0),
     health: Health | None = None,
@@ -154,6 +162,7 @@ def train_step(
     weights.
 
     Args:
+        lr: of this step; a group of parameters takes its `lr_scale` of it.
         router_load: (sparse layers, E) the load of the step before, which the balance loss multiplies with: it is the
             same for every micro-batch, so that accumulating does not change the step. Uniform when None.
         noise_seed: (seed, step); with the micro-batch's number it is all that the router's noise depends on.
@@ -179,12 +188,12 @@ def train_step(
         aux = output.loss.new_zeros(()) if output.aux_loss is None else output.aux_loss
         sums += torch.stack([output.loss.detach(), output.cross_entropy, aux]).float()
     precision.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    clipped = clip()
     loss, cross_entropy, aux_loss = sums.tolist()
     scaled = precision.scaler.is_enabled()
-    verdict = Verdict("take") if health is None else health.judge(loss, float(norm), scaled=scaled)
+    verdict = Verdict("take") if health is None else health.judge(loss, float(clipped.norm), scaled=scaled)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
     if verdict.action == "take":
         precision.scaler.step(optimizer)
     if scaled:
@@ -192,7 +201,8 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     counts = model.model.take_expert_counts()
     load = counts / counts.sum(-1, keepdim=True).clamp_min(1) if counts.numel() else None
-    return StepResult(loss, cross_entropy, aux_loss, float(norm), targets, load, verdict)
+    norm, kept = float(clipped.norm), float(clipped.kept)
+    return StepResult(loss, cross_entropy, aux_loss, norm, kept, targets, load, verdict)
 
 
 def noise_key(seed: int, step: int, micro_batch: int, device: torch.device) -> Tensor:
@@ -201,13 +211,16 @@ def noise_key(seed: int, step: int, micro_batch: int, device: torch.device) -> T
     return torch.tensor(mixed, dtype=torch.int64, device=device)
 
 
-def _micro_batches(batch: Batch, size: int) -> list[Batch]:
+def split_rows(batch: Batch, size: int) -> list[Batch]:
+    """Micro-batches of at most `size` rows."""
     count = batch["input_ids"].shape[0]
     return [{key: t[i : i + size] for key, t in batch.items()} for i in range(0, count, size)]
 
 
 def _numbers(result: StepResult) -> dict[str, float]:
-    numbers = {"loss": result.cross_entropy, "objective": result.loss, "grad_norm": result.grad_norm}
+    numbers = {
+        "loss": result.cross_entropy, "objective": result.loss, "grad_norm": result.grad_norm, "clip": result.clip,
+    }  # fmt: skip
     if result.expert_load is not None:
         load = result.expert_load
         numbers["aux_loss"] = result.aux_loss
@@ -216,15 +229,31 @@ def _numbers(result: StepResult) -> dict[str, float]:
     return numbers
 
 
-def _run_hooks(hooks: Sequence[Hook], step: int, model: MoaiForCausalLM, monitor: Monitor) -> None:
+def _run_hooks(hooks: Sequence[Hook], run: Run, monitor: Monitor | None = None) -> None:
     numbers: dict[str, float] = {}
-    model.eval()
+    run.model.eval()
     for hook in hooks:
-        numbers.update(hook(step, model))
-    model.train()
-    if numbers:
-        monitor.log(step, **numbers)
-        monitor.note("  ".join([f"step {step}:", *(f"{name} {value:.4f}" for name, value in numbers.items())]))
+        numbers.update(hook(run.done, run.model))
+    run.model.train()
+    if numbers and monitor is not None:
+        monitor.log(run.done, **numbers)
+        said = (f"{name} {value:.4f}" for name, value in numbers.items())
+        monitor.note("  ".join([f"step {run.done}:", *said]))
+    if run.recipe.schedule.name == "plateau":
+        if "eval_loss" not in numbers:
+            raise MoaiError(
+                "schedule.name=plateau follows the loss of the evaluations, and no hook says it: set data.valid"
+            )
+        run.eval_losses.append(numbers["eval_loss"])
+
+
+def _catch_up(hooks: Sequence[Hook], run: Run) -> None:
+    """The evaluation of the step that a run goes on from, which its checkpoint was written before, for a schedule that
+    follows it.
+    """
+    every = run.recipe.eval.every
+    if run.recipe.schedule.name == "plateau" and 0 < run.done < run.total and run.done % every == 0:
+        _run_hooks(hooks, run)
 
 
 def _cannot_go_on(run: Run, result: StepResult) -> str:

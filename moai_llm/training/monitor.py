@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 CSV_COLUMNS = (
-    "step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second", "aux_loss", "expert_cv", "eval_loss",
+    "step", "tokens", "loss", "lr", "grad_norm", "clip", "tokens_per_second", "aux_loss", "expert_cv", "eval_loss",
     "bits_per_byte",
 )  # fmt: skip
 

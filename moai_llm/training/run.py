@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,13 +20,17 @@ from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_everything, write_atomically
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.training import rollback
-from moai_llm.training.build import build_model
+from moai_llm.training.build import active_parameters, build_model
 from moai_llm.training.checkpoint import Checkpoints, restore
+from moai_llm.training.clipping import Clip
 from moai_llm.training.feed import describe, open_data
 from moai_llm.training.health import Health
+from moai_llm.training.lr_guide import advice, kind_of_run
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import Precision, make_precision
 from moai_llm.training.start import discard, find_start, total_steps, with_model_of
+
+logger = logging.getLogger("moai_llm")
 
 
 @dataclass
@@ -38,6 +43,7 @@ class Run:
         ahead: steps that the data is ahead of `done`, see `rollback.py`.
         targets: tokens learned so far.
         router_load: (sparse layers, E) of the last step, which the balance loss of the next multiplies with.
+        eval_losses: of the evaluations so far, for a schedule that follows them.
         latest: the newest checkpoint, which an asynchronous write may still be making.
         waited: seconds spent waiting for data so far.
 
@@ -53,6 +59,7 @@ class Run:
     model: MoaiForCausalLM
     optimizer: torch.optim.Optimizer
     precision: Precision
+    clip: Clip
     health: Health
     checkpoints: Checkpoints
     notes: list[str] = field(default_factory=list)
@@ -60,6 +67,7 @@ class Run:
     ahead: int = 0
     targets: int = 0
     router_load: Tensor | None = None
+    eval_losses: list[float] = field(default_factory=list)
     latest: Path | None = None
     waited: float = 0.0
     _batches: Ahead | None = field(default=None, repr=False)
@@ -85,8 +93,12 @@ class Run:
             recipe = with_model_of(recipe, model.config)
         run = cls(
             recipe, out, tokenizer, loader, rows, total_steps(recipe, loader, rows), model,
-            make_optimizer(model, recipe.optim), precision, Health(recipe.health), checkpoints,
+            make_optimizer(model, recipe.optim), precision, Clip(model, recipe.clip, recipe.train.max_grad_norm),
+            Health(recipe.health), checkpoints,
         )  # fmt: skip
+        kind = kind_of_run(loader.sources[-1].store.manifest.kind, recipe.train.init_from)
+        if warning := advice(recipe.optim.lr, kind, active_parameters(model), recipe.optim.name):
+            logger.warning(warning)
         run.notes += describe(recipe, loader, run.total)
         if latest is not None:
             run._restore(latest)
@@ -147,6 +159,8 @@ class Run:
             "scaler": self.precision.scaler.state_dict(),
             "router_load": None if self.router_load is None else self.router_load.tolist(),
             "health": self.health.state_dict(),
+            "norms": list(self.clip.norms),
+            "eval_losses": list(self.eval_losses),
         }
         yaml = recipes.dump(self.recipe)
         self.latest = self.checkpoints.save(self.done, self.model, self.tokenizer, yaml, self.optimizer, state)
@@ -190,6 +204,8 @@ class Run:
         self.router_load = None if load is None else torch.tensor(load, device=self.precision.device)
         self.precision.scaler.load_state_dict(state["scaler"])
         self.health.load_state_dict(state["health"])
+        self.clip.remember(state["norms"])
+        self.eval_losses[:] = state["eval_losses"]
         if self.total < self.done:
             raise MoaiError(
                 f"{checkpoint} has done {self.done} steps, so this run cannot end after {self.total}: make it longer"

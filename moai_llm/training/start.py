@@ -16,15 +16,11 @@ from moai_llm.runtime import MoaiError
 from moai_llm.training.checkpoint import Checkpoints
 
 RESUMABLE = ("description", "log", "eval", "checkpoint", "health")  # sections that may change when a run is resumed
+# what a run leaves
 WRITTEN = (
-    "recipe.yaml",
-    "metrics.jsonl",
-    "training_log.csv",
-    "samples.txt",
-    "rollbacks.json",
-    "hang.txt",
-    "checkpoints",
-)  # what a run leaves
+    "recipe.yaml", "metrics.jsonl", "training_log.csv", "samples.txt", "rollbacks.json", "hang.txt", "checkpoints",
+)  # fmt: skip
+LR_TEST = "lr_finder.csv"  # what `moai train ... --find-lr` leaves in the directory of a run that may not have begun
 
 
 class Start(NamedTuple):
@@ -94,7 +90,7 @@ def with_model_of(recipe: Recipe, config: MoaiConfig) -> Recipe:
 
 def _may_discard(recipe: Recipe) -> None:
     out = Path(recipe.train.out)
-    if not out.exists() or out.is_dir() and not any(out.iterdir()):
+    if not out.exists() or out.is_dir() and all(path.name == LR_TEST for path in out.iterdir()):
         return
     ran = (out / "recipe.yaml").is_file() and (out / "metrics.jsonl").is_file()
     if not ran and not any(out.glob("checkpoints/step-*/MANIFEST.json")):

@@ -19,6 +19,7 @@ from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError
 from moai_llm.training import loop
 from moai_llm.training.checkpoint import Checkpoints
+from moai_llm.training.clipping import Clip
 from moai_llm.training.monitor import read_metrics
 from moai_llm.training.rollback import record, steps_ahead
 from moai_llm.training.run import Run
@@ -76,16 +77,15 @@ def test_a_bad_step_changes_no_weights_and_is_counted(make: MakeRecipe, poison: 
 
 @pytest.mark.parametrize("where", ["gradient", "spike"])
 def test_bad_gradients_and_spikes_are_skipped(make: MakeRecipe, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
+    clip, calls = Clip.__call__, []
 
-    def damaged(parameters, *args, **options):  # type: ignore[no-untyped-def]
-        parameters = list(parameters)
+    def damaged(self: Clip):  # type: ignore[no-untyped-def]
         calls.append(1)
         if len(calls) == 10:
-            parameters[0].grad[0] *= torch.nan if where == "gradient" else 1e6
-        return clip(parameters, *args, **options)
+            self.parameters[0].grad[0] *= torch.nan if where == "gradient" else 1e6
+        return clip(self)
 
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", damaged)
+    monkeypatch.setattr(Clip, "__call__", damaged)
     recipe = make("health.spike_window=8")
     train(recipe, quiet=True)
     assert [row["skipped"] for row in rows_of(recipe)] == [0] * 9 + [1] * 3

@@ -8,6 +8,7 @@ import torch
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import OptimConfig
 from moai_llm.runtime import MoaiError
+from moai_llm.training.clipping import Clip
 from moai_llm.training.loop import noise_key, train_step
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import make_precision
@@ -31,11 +32,11 @@ def split(whole, size: int):  # type: ignore[no-untyped-def]
 
 
 def steps(model: MoaiForCausalLM, size: int, count: int = 3):  # type: ignore[no-untyped-def]
-    optimizer = make_optimizer(model, OptimConfig(lr=1e-2))
+    optimizer, clip = make_optimizer(model, OptimConfig(lr=1e-2)), Clip(model)
     precision, load, results = make_precision("fp32", CPU), None, []
     for _ in range(count):
         result = train_step(
-            model.train(), optimizer, precision, split(batch(), size), lr=1e-2, max_grad_norm=1.0, router_load=load
+            model.train(), optimizer, precision, split(batch(), size), lr=1e-2, clip=clip, router_load=load
         )
         load = result.expert_load
         results.append(result)
@@ -80,9 +81,11 @@ def test_gradients_are_clipped() -> None:
     model = tiny_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    result = train_step(model.train(), optimizer, make_precision("fp32", CPU), [batch()], lr=1.0, max_grad_norm=0.01)
+    result = train_step(
+        model.train(), optimizer, make_precision("fp32", CPU), [batch()], lr=1.0, clip=Clip(model, max_norm=0.01)
+    )
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
-    assert result.grad_norm > 0.1
+    assert result.grad_norm > 0.1 and abs(result.clip * result.grad_norm - 0.01) < 1e-6
     assert abs(float((after - before).norm()) - 0.01) < 1e-6
 
 
@@ -91,7 +94,7 @@ def test_a_batch_without_targets() -> None:
     model = tiny_model()
     with pytest.raises(MoaiError, match="without a single token to learn"):
         train_step(
-            model, make_optimizer(model, OptimConfig()), make_precision("fp32", CPU), [nothing], lr=1, max_grad_norm=1
+            model, make_optimizer(model, OptimConfig()), make_precision("fp32", CPU), [nothing], lr=1, clip=Clip(model)
         )
 
 
@@ -101,7 +104,7 @@ def test_bf16_is_close_to_fp32() -> None:
         model = tiny_model("linear_attention", "sparse").float()
         optimizer, precision = make_optimizer(model, OptimConfig()), make_precision(name, CPU)
         losses.append(
-            train_step(model.train(), optimizer, precision, [batch()], lr=1e-3, max_grad_norm=1).cross_entropy
+            train_step(model.train(), optimizer, precision, [batch()], lr=1e-3, clip=Clip(model)).cross_entropy
         )
         assert all(p.dtype == torch.float32 for p in model.parameters())
     assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.05
