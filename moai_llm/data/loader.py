@@ -50,7 +50,7 @@ class Loader:
         if store.manifest.kind == "preference":
             raise MoaiError(
                 f"{store.path} holds preference pairs: to train on both answers as if they were text would teach the "
-                "worse one too, and a loss that compares them is not there yet"
+                "worse one too. Compare them: loss.type=dpo train.init_from=MODEL_DIR"
             )
         self.pad_id = store.tokenizer().pad_id
         self.group = step_rows if packing == "balanced" else 1

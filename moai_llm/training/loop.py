@@ -9,6 +9,7 @@ evaluated or sampled (hooks), which bricks a model has.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 import threading
 import time
@@ -23,14 +24,15 @@ import torch
 from torch import Tensor
 
 from moai_llm import recipe as recipes
-from moai_llm.data.loader import Batch, Loader
+from moai_llm.data.loader import Batch
 from moai_llm.data.shards import Store
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_everything, write_atomically
-from moai_llm.training.build import build_model
+from moai_llm.training.build import build_model, build_objective
 from moai_llm.training.checkpoint import Checkpoints, restore
 from moai_llm.training.monitor import Monitor
+from moai_llm.training.objective import NextToken, Objective, add_up, to_floats
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import Precision, make_precision
 from moai_llm.training.schedules import learning_rate
@@ -50,9 +52,7 @@ class Trained(NamedTuple):
 
 @dataclass
 class StepResult:
-    loss: float  # objective per target
-    cross_entropy: float
-    aux_loss: float
+    numbers: dict[str, float]  # of the objective, `loss` among them
     grad_norm: float
     targets: int
     expert_load: Tensor | None  # (sparse layers, E) share of all selections in this step
@@ -91,14 +91,16 @@ def train(
     store = Store(recipe.data.train)
     tokenizer = store.tokenizer()
     rows = max(1, recipe.train.batch_tokens // recipe.data.seq_len)
-    loader = Loader(
+    objective = build_objective(recipe, tokenizer)
+    loader = objective.loader(
         store, recipe.data.seq_len, recipe.train.seed, packing=recipe.data.packing, overlong=recipe.data.overlong,
         step_rows=rows,
     )  # fmt: skip
     if loader.packing.dropped_tokens:
         logger.warning(
-            "%s of %s documents are longer than data.seq_len %s and %s: raise it to keep them whole",
-            int((store.lengths() > recipe.data.seq_len).sum()), len(store), recipe.data.seq_len,
+            "%s of %s %s are longer than data.seq_len %s and %s: raise it to keep them whole",
+            int((loader.packing.lengths > recipe.data.seq_len).sum()), len(loader.packing.lengths),
+            loader.packing.unit, recipe.data.seq_len,
             "are left out" if loader.packing.dropped_documents else "lose their end",
         )  # fmt: skip
     model = build_model(recipe, tokenizer, device, latest)
@@ -106,7 +108,8 @@ def train(
         recipe = with_model_of(recipe, model.config)
     optimizer = make_optimizer(model, recipe.optim)
     total, planned = total_steps(recipe, loader, rows), total_steps(begun, loader, rows)
-    position = {"data": store.fingerprint, "seq_len": recipe.data.seq_len, "rows": rows, "seed": recipe.train.seed}
+    position = {"data": store.fingerprint, "seq_len": recipe.data.seq_len, "rows": rows, "seed": recipe.train.seed,
+                **objective.identity()}  # fmt: skip
     start, targets_seen, load = 0, 0, None
     if latest is not None:
         state = restore(latest, model, optimizer)
@@ -122,6 +125,7 @@ def train(
         discard(out)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "recipe.yaml", yaml)
+    objective.prepare(model, store, precision, resumed=latest is not None, quiet=quiet)
     with Monitor(out, total, start, title=title, quiet=quiet) as monitor, _stop_signals() as stop:
         monitor.note(f"data, {recipe.data.packing}: {loader.packing.summary()}")
         if start:
@@ -133,7 +137,7 @@ def train(
             lr = learning_rate(step, total, recipe.optim.lr, recipe.schedule)
             batch = loader.rows(step * rows, rows)
             result = train_step(
-                model, optimizer, precision, _micro_batches(batch, recipe.train.micro_batch_size), lr=lr,
+                model, optimizer, precision, _micro_batches(batch, recipe.train.micro_batch_size), objective, lr=lr,
                 max_grad_norm=recipe.train.max_grad_norm, router_load=load, noise_seed=(recipe.train.seed, step),
             )  # fmt: skip
             _require_finite(result, step, checkpoints)
@@ -173,6 +177,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     batches: Sequence[Batch],
+    objective: Objective = NextToken(),  # noqa: B008 - has no state
     *,
     lr: float,
     max_grad_norm: float,
@@ -187,25 +192,20 @@ def train_step(
         noise_seed: (seed, step); with the micro-batch's number it is all that the router's noise depends on.
     """
     device = precision.device
-    targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    if targets == 0:
+    counts = objective.count(batches)
+    if counts.targets == 0:
         raise MoaiError("a batch without a single token to learn: raise train.batch_tokens or check the data's masks")
     if router_load is None:
         router_load = torch.full_like(model.model.expert_counts, 1 / model.config.num_experts)
-    sums = torch.zeros(3, device=device)
+    sums: dict[str, Tensor] = {}
     for i, batch in enumerate(batches):
         on_device = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
         with precision.autocast():
-            output = model(
-                **on_device,
-                num_items_in_batch=targets,
-                router_load=router_load,
-                noise_key=noise_key(*noise_seed, i, device),
-                use_cache=False,
+            part = objective.forward(
+                model, on_device, counts, router_load=router_load, noise_key=noise_key(*noise_seed, i, device)
             )
-        precision.scaler.scale(output.loss).backward()
-        aux = output.loss.new_zeros(()) if output.aux_loss is None else output.aux_loss
-        sums += torch.stack([output.loss.detach(), output.cross_entropy, aux]).float()
+        precision.scaler.scale(part.loss).backward()
+        add_up(sums, part.numbers)
     precision.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     for group in optimizer.param_groups:
@@ -213,10 +213,9 @@ def train_step(
     precision.scaler.step(optimizer)
     precision.scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    counts = model.model.take_expert_counts()
-    load = counts / counts.sum(-1, keepdim=True).clamp_min(1) if counts.numel() else None
-    loss, cross_entropy, aux_loss = sums.tolist()
-    return StepResult(loss, cross_entropy, aux_loss, float(norm), targets, load)
+    chosen = model.model.take_expert_counts()
+    load = chosen / chosen.sum(-1, keepdim=True).clamp_min(1) if chosen.numel() else None
+    return StepResult(to_floats(sums), float(norm), counts.targets, load)
 
 
 def noise_key(seed: int, step: int, micro_batch: int, device: torch.device) -> Tensor:
@@ -231,10 +230,9 @@ def _micro_batches(batch: Batch, size: int) -> list[Batch]:
 
 
 def _numbers(result: StepResult) -> dict[str, float]:
-    numbers = {"loss": result.cross_entropy, "objective": result.loss, "grad_norm": result.grad_norm}
+    numbers = {**result.numbers, "grad_norm": result.grad_norm}
     if result.expert_load is not None:
         load = result.expert_load
-        numbers["aux_loss"] = result.aux_loss
         # coefficient of variation over experts, the worst layer: 0 is perfect balance
         numbers["expert_cv"] = float((load.std(-1, unbiased=False) / load.mean(-1)).max())
     return numbers
@@ -252,12 +250,12 @@ def _run_hooks(hooks: Sequence[Hook], step: int, model: MoaiForCausalLM, monitor
 
 
 def _require_finite(result: StepResult, step: int, checkpoints: Checkpoints) -> None:
-    if result.loss == result.loss and abs(result.loss) != float("inf"):
+    if math.isfinite(result.numbers["objective"]):
         return
     good = checkpoints.steps()
     advice = f"the last checkpoint is step {good[-1]}" if good else "there is no checkpoint yet"
     raise MoaiError(
-        f"the loss is {result.loss} at step {step + 1} ({advice}): "
+        f"the loss is {result.numbers['objective']} at step {step + 1} ({advice}): "
         "lower optim.lr, raise schedule.warmup, or use train.precision=fp32"
     )
 
