@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moai_llm.data.clean import Cleaner
     from moai_llm.data.code import CodeOptions
     from moai_llm.data.loader import Loader
+    from moai_llm.data.pair_loader import PairLoader
     from moai_llm.data.prepare import Report
     from moai_llm.data.shards import Store
 
@@ -135,8 +136,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         _warn_of_long_conversations(console, Store(out))
     more = f" data.valid={arguments.valid}" if arguments.valid else ""
     if kind == "preference":
-        console.print(f"written to {arguments.out}. Look at it: moai data show {arguments.out} 0")
-        return
+        more += " loss.type=dpo train.init_from=MODEL"
     console.print(f"written to {arguments.out}. Next: moai train RECIPE data.train={arguments.out}{more}")
 
 
@@ -209,7 +209,7 @@ def _info(arguments: argparse.Namespace) -> None:
         "vocabulary": f"{manifest.vocab_size:,}",
         "stored as": manifest.dtype,
         "document length": f"{typical}, max {ordered[-1]:,}",
-        **({} if manifest.kind == "preference" else _facts_of_rows(store, arguments)),  # pairs are not packed
+        **_facts_of_rows(store, arguments),
         "damage": "; ".join(store.problems()) or "none",
     }
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -220,19 +220,21 @@ def _info(arguments: argparse.Namespace) -> None:
 
 def _facts_of_rows(store: Store, arguments: argparse.Namespace) -> dict[str, str]:
     from moai_llm.data.loader import Loader
+    from moai_llm.data.pair_loader import PairLoader
 
-    loader = Loader(store, arguments.seq_len, packing=arguments.packing, overlong=arguments.overlong, step_rows=RANKS)
+    make = PairLoader if store.manifest.kind == "preference" else Loader
+    loader = make(store, arguments.seq_len, packing=arguments.packing, overlong=arguments.overlong, step_rows=RANKS)
     packing = loader.packing
     return {
         f"rows of {arguments.seq_len}": f"{len(loader):,}, {packing.efficiency:.1%} full",
-        "documents cut": f"{packing.cut_documents:,}",
-        "documents dropped": f"{packing.dropped_documents:,}",
+        f"{packing.unit} cut": f"{packing.cut_documents:,}",
+        f"{packing.unit} dropped": f"{packing.dropped_documents:,}",
         "dropped tokens": f"{packing.dropped_tokens:,}",
         "attention wait": _attention_wait(loader),
     }
 
 
-def _attention_wait(loader: Loader) -> str:
+def _attention_wait(loader: Loader | PairLoader) -> str:
     """How much longer than needed attention takes where `RANKS` ranks do one row each and wait for each other."""
     import numpy as np
 

@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens from hidden states, in chunks of rows: the logits are never whole in memory.
 
-For losses that are no sum over tokens, such as those that compare two answers: how much each token counts is known only
-after all of them. So the backward computes the logits of a chunk once more, and needs from the forward one number a row,
-log sum exp z: with the incoming gradient g of a row
+For losses that are no sum over tokens, such as those that compare two answers: how much a token counts is known only
+after all of them. So the backward computes the logits of a chunk once more. All it needs from the forward is one number
+a row, log sum exp z: with the incoming gradient g of a row
 
     d log p_y / dz = onehot(y) - exp(z - log sum exp z)          dL/dz = g (onehot(y) - p)
 """

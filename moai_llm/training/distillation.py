@@ -41,7 +41,8 @@ class Distillation:
 
     def prepare(self, model: MoaiForCausalLM, store: Any, precision: Precision, **_: Any) -> None:
         dtype = AUTOCAST[precision.name] or torch.float32  # what the products run in anyway
-        self.teacher = self.load().to(device=precision.device, dtype=dtype).eval().requires_grad_(False)
+        teacher = self.load().to(device=precision.device, dtype=dtype)  # type: ignore[call-arg]
+        self.teacher = teacher.eval().requires_grad_(False)
 
     def count(self, batches: Sequence[Batch]) -> Counts:
         tokens = count_tokens(batches)

@@ -76,6 +76,23 @@ class Preference:
         if valid and Store(valid).manifest.kind == "preference":
             self._reference(Store(valid), of_model, precision, starting_model, quiet)
 
+    def read_reference(self, store: Store, precision: Precision) -> None:
+        """What `prepare` left in the run's folder of this store, for an evaluation.
+
+        Raises:
+            MoaiError: it is not there.
+        """
+        if not self.loss.needs_reference or self.reference is not None:
+            return
+        pairs, file = len(store) // 2, file_of(Path(self.recipe.train.out), store.fingerprint)
+        self.reference = reference.read(file, self._origin(store, self._starting_model(store), precision), pairs)
+        if self.reference is None:
+            raise MoaiError(f"{file} is gone: go on with --resume, which computes it again")
+
+    def _origin(self, store: Store, of_model: str, precision: Precision) -> Origin:
+        data = self.recipe.data
+        return Origin(of_model, store.fingerprint, str(data.seq_len), data.overlong or "truncate", precision.name)
+
     def _reference(
         self,
         store: Store,
@@ -86,7 +103,7 @@ class Preference:
     ) -> Tensor:
         data = self.recipe.data
         loader = PairLoader(store, data.seq_len, seed=None, overlong=data.overlong)
-        origin = Origin(of_model, store.fingerprint, str(data.seq_len), data.overlong or "truncate", precision.name)
+        origin = self._origin(store, of_model, precision)
         file = file_of(Path(self.recipe.train.out), store.fingerprint)
         known = reference.read(file, origin, len(loader.pairs))
         used = torch.from_numpy(loader.kept.sum(1) > 0)
