@@ -137,7 +137,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     more = f" data.valid={arguments.valid}" if arguments.valid else ""
     if kind == "preference":
         more += " loss.type=dpo train.init_from=MODEL"
-    console.print(f"written to {arguments.out}. Next: moai train RECIPE data.train={arguments.out}{more}", soft_wrap=True)
+    next_step = f"moai train RECIPE data.train={arguments.out}{more}"
+    console.print(f"written to {arguments.out}. Next: {next_step}", soft_wrap=True)
 
 
 def _cleaner(arguments: argparse.Namespace) -> Cleaner | None:
