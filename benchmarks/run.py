@@ -13,7 +13,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 BENCHMARKS = {
     "scan": "selective scan against the loop, mambapy and transformers",
     "training_step": "a training step against transformers and litgpt",
-    "linear_cross_entropy": "loss from hidden states against the plain loss: memory and time",
+    "linear_cross_entropy": "losses from hidden states against all logits at once: memory and time",
     "packing": "attention over packed documents: split against mask",
     "data_read": "reading packed rows beside datasets and torch's DataLoader, and the knobs of the loader",
     "data_packing": "documents into rows: how full, how even, how fast",

@@ -6,7 +6,7 @@ import json
 from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -41,6 +41,7 @@ class MoaiConfig(Architecture, PreTrainedConfig):
 
     model_type = "moai"
     keys_to_ignore_at_inference = ["past_key_values"]
+    auto_map: ClassVar[dict[str, str]] = {}  # no code on the Hub; trl reads it of every class outside transformers
     base_model_tp_plan = {
         "layers.*.mixer.q_proj": "colwise",
         "layers.*.mixer.k_proj": "colwise",

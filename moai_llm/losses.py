@@ -1,53 +1,27 @@
-"""Training losses by name, from logits or, without holding logits, from hidden states."""
+"""Training losses by name: of the next token, of a teacher's distribution, of pairs of answers.
+
+Those over a vocabulary are computed from hidden states, without holding logits; the first also from logits.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moai_llm.ops.cross_entropy import LossSums, Objective, chunked_cross_entropy, linear_cross_entropy
-
-
-def _plain(z_weight: float = 0.0) -> Objective:
-    return Objective(z=z_weight)
-
-
-def _focal(gamma: float = 2.0, z_weight: float = 0.0) -> Objective:
-    return Objective(cross_entropy=0, focal=1, gamma=gamma, z=z_weight)
-
-
-def _smoothed(smoothing: float = 0.1, z_weight: float = 0.0) -> Objective:
-    return Objective(cross_entropy=0, smoothed=1, smoothing=smoothing, z=z_weight)
-
-
-def _multi_objective(
-    ce_weight: float = 0.6,
-    focal_weight: float = 0.3,
-    smooth_weight: float = 0.1,
-    focal_gamma: float = 2.0,
-    smoothing: float = 0.1,
-    z_weight: float = 0.0,
-) -> Objective:
-    return Objective(ce_weight, focal_weight, smooth_weight, z_weight, focal_gamma, smoothing)
-
-
-LOSSES: dict[str, Callable[..., Objective]] = {
-    "cross_entropy": _plain,
-    "focal": _focal,
-    "label_smoothing": _smoothed,
-    "multi_objective": _multi_objective,
-}
+from moai_llm.ops.distillation import DistillationSums, DistillationTerms, Head, linear_distillation
 
 
 @dataclass(frozen=True)
 class Loss:
     """A loss over next tokens. Called with logits it returns a mean; `sums` is what training uses."""
 
-    objective: Objective
+    objective: Objective = Objective()
     ignore_index: int = -100
 
     def __call__(self, logits: Tensor, labels: Tensor, chunk_size: int = 1024) -> Tensor:
@@ -59,13 +33,158 @@ class Loss:
         return linear_cross_entropy(hidden, weight, labels, objective=self.objective, ignore_index=self.ignore_index)
 
 
-def create_loss_function(config: dict[str, Any]) -> Loss:
+@dataclass(frozen=True)
+class DistillationLoss:
+    """How far a student is from its teacher, and from the next token."""
+
+    terms: DistillationTerms
+    ignore_index: int = -100
+
+    def sums(self, student: Head, teacher: Head, labels: Tensor, tokens: int | None = None) -> DistillationSums:
+        """Loss sums from both models' hidden states and heads; see ops/distillation.py."""
+        return linear_distillation(student, teacher, labels, self.terms, tokens=tokens, ignore_index=self.ignore_index)
+
+
+class PairLosses(NamedTuple):
+    """One number for each pair, (n,)."""
+
+    objective: Tensor  # what is trained on
+    preference: Tensor  # the part of it that compares
+    chosen: Tensor  # the implicit rewards, detached
+    rejected: Tensor
+
+
+@dataclass(frozen=True)
+class PreferenceLoss:
+    """How well a model tells the better answer from the worse one.
+
+    With d the log-ratio of the model to the reference on the better answer, minus the one on the worse (or the
+    log-probabilities themselves where there is no reference) and h = beta d - gamma:
+
+        DPO (arXiv 2305.18290)      -log sigmoid(h); smoothed by s (its section on noise; "cDPO"):
+                                    -(1 - s) log sigmoid(h) - s log sigmoid(-h)
+        IPO (arXiv 2310.12036)      (d - 1 / (2 beta))^2, `squared`
+        SimPO (arXiv 2405.14734)    -log sigmoid(h), from means over tokens, without a reference
+
+    `sft_weight` adds the cross-entropy of the better answer, per token (arXiv 2404.19733).
+    """
+
+    beta: float
+    label_smoothing: float = 0.0
+    sft_weight: float = 0.0
+    length_normalized: bool = False  # means over the tokens of an answer in place of sums
+    gamma: float = 0.0
+    squared: bool = False
+    needs_reference: bool = True
+
+    def __call__(self, log_probs: Tensor, lengths: Tensor, reference: Tensor | None = None) -> PairLosses:
+        """
+        Args:
+            log_probs: (n, 2) summed over the learned tokens of the better and the worse answer, and `lengths` (n, 2)
+                their number. reference: (n, 2) the same of the reference model.
+        """
+        if self.needs_reference != (reference is not None):
+            raise ValueError("this loss compares with" + ("" if self.needs_reference else "out") + " a reference")
+        lengths = lengths.to(log_probs.dtype).clamp_min(1)
+        ratios = log_probs if reference is None else log_probs - reference.to(log_probs.dtype)
+        if self.length_normalized:
+            ratios = ratios / lengths
+        difference = ratios[:, 0] - ratios[:, 1]
+        if self.squared:
+            preference = (difference - 1 / (2 * self.beta)).square()
+        else:
+            h, s = self.beta * difference - self.gamma, self.label_smoothing
+            preference = -(1 - s) * F.logsigmoid(h) - s * F.logsigmoid(-h)
+        objective = preference
+        if self.sft_weight:
+            objective = objective - self.sft_weight * log_probs[:, 0] / lengths[:, 0]
+        return PairLosses(objective, preference.detach(), *(self.beta * ratios.detach()).unbind(1))
+
+
+def _plain(z_weight: float = 0.0) -> Loss:
+    return Loss(Objective(z=z_weight))
+
+
+def _focal(gamma: float = 2.0, z_weight: float = 0.0) -> Loss:
+    _at_least(0, gamma=gamma)
+    return Loss(Objective(cross_entropy=0, focal=1, gamma=gamma, z=z_weight))
+
+
+def _smoothed(smoothing: float = 0.1, z_weight: float = 0.0) -> Loss:
+    _at_least(0, smoothing=smoothing)
+    return Loss(Objective(cross_entropy=0, smoothed=1, smoothing=smoothing, z=z_weight))
+
+
+def _multi_objective(
+    ce_weight: float = 0.6,
+    focal_weight: float = 0.3,
+    smooth_weight: float = 0.1,
+    focal_gamma: float = 2.0,
+    smoothing: float = 0.1,
+    z_weight: float = 0.0,
+) -> Loss:
+    _at_least(0, focal_gamma=focal_gamma, smoothing=smoothing)
+    return Loss(Objective(ce_weight, focal_weight, smooth_weight, z_weight, focal_gamma, smoothing))
+
+
+def _distillation(
+    temperature: float = 1.0, kl_weight: float = 1.0, reverse_kl_weight: float = 0.0, ce_weight: float = 0.0
+) -> DistillationLoss:
+    _above_zero(temperature=temperature)
+    return DistillationLoss(DistillationTerms(ce_weight, kl_weight, reverse_kl_weight, temperature))
+
+
+def _dpo(
+    beta: float = 0.1, label_smoothing: float = 0.0, sft_weight: float = 0.0, length_normalized: bool = False
+) -> PreferenceLoss:
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing {label_smoothing}: the share of wrong labels is from 0 to below 0.5")
+    _above_zero(beta=beta)
+    return PreferenceLoss(beta, label_smoothing, sft_weight, bool(length_normalized))
+
+
+def _ipo(beta: float = 0.1, sft_weight: float = 0.0, length_normalized: bool = True) -> PreferenceLoss:
+    _above_zero(beta=beta)
+    return PreferenceLoss(beta, 0.0, sft_weight, bool(length_normalized), squared=True)
+
+
+def _simpo(beta: float = 2.0, gamma: float = 1.0, sft_weight: float = 0.0) -> PreferenceLoss:
+    _above_zero(beta=beta)
+    return PreferenceLoss(beta, 0.0, sft_weight, True, gamma, needs_reference=False)
+
+
+def _at_least(least: float, **values: float) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} {value} is below {least}")
+
+
+def _above_zero(**values: float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"{name} {value} is not above 0")
+
+
+LOSSES: dict[str, Callable[..., Loss | DistillationLoss | PreferenceLoss]] = {
+    "cross_entropy": _plain,
+    "focal": _focal,
+    "label_smoothing": _smoothed,
+    "multi_objective": _multi_objective,
+    "distillation": _distillation,
+    "dpo": _dpo,
+    "ipo": _ipo,
+    "simpo": _simpo,
+}
+
+
+def create_loss_function(config: dict[str, Any]) -> Loss | DistillationLoss | PreferenceLoss:
     """{"type": "multi_objective", "params": {"ce_weight": 0.6, ...}} -> Loss.
 
-    Types: cross_entropy, focal, label_smoothing, multi_objective.
+    Types: cross_entropy, focal, label_smoothing and multi_objective make a `Loss`, distillation a `DistillationLoss`,
+    dpo, ipo and simpo a `PreferenceLoss`.
 
     Raises:
-        ValueError: an unknown type or parameter.
+        ValueError: an unknown type or parameter, or a value out of range.
     """
     unknown = sorted(set(config) - {"type", "params"})
     if unknown:
@@ -74,8 +193,8 @@ def create_loss_function(config: dict[str, Any]) -> Loss:
     if kind not in LOSSES:
         raise ValueError(f"loss type {kind!r} is unknown; there are {', '.join(LOSSES)}")
     try:
-        return Loss(LOSSES[kind](**(config.get("params") or {})))
-    except TypeError as error:
+        return LOSSES[kind](**(config.get("params") or {}))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"loss {kind!r}: {error}") from error
 
 

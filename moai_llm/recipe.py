@@ -31,7 +31,12 @@ LOSS_PARAMS = {
     "focal": ["gamma", "z_weight"],
     "label_smoothing": ["smoothing", "z_weight"],
     "multi_objective": ["ce_weight", "focal_weight", "smooth_weight", "focal_gamma", "smoothing", "z_weight"],
+    "distillation": ["temperature", "kl_weight", "reverse_kl_weight", "ce_weight"],
+    "dpo": ["beta", "label_smoothing", "sft_weight", "length_normalized"],
+    "ipo": ["beta", "sft_weight", "length_normalized"],
+    "simpo": ["beta", "gamma", "sft_weight"],
 }
+REFERENCE = ("dpo", "ipo")  # losses that compare with the model they start from
 PackingName = Literal["best-fit", "balanced", "next-fit", "concat", "none"]  # data/packing.py says what they do
 OverlongName = Literal["split", "truncate", "drop"]
 MAY_CHANGE = ("workers", "prefetch", "pin_memory")  # keys of `data` that change no batch
@@ -117,9 +122,11 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class LossConfig:
-    #: cross_entropy | focal | label_smoothing | multi_objective
+    #: cross_entropy | focal | label_smoothing | multi_objective | distillation | dpo | ipo | simpo
     type: str = "cross_entropy"
-    params: dict[str, float] = field(default_factory=dict)
+    params: dict[str, bool | float] = field(default_factory=dict)
+    #: for distillation: the model directory to learn from, with the same tokenizer
+    teacher: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -312,6 +319,16 @@ def _check(recipe: Recipe, source: str) -> None:
             raise MoaiError(
                 f"{source}: loss.params.{name} is unknown; {known}{did_you_mean(name, LOSS_PARAMS[loss.type])}"
             )
+    if (loss.type == "distillation") != (loss.teacher is not None):
+        raise MoaiError(
+            f"{source}: loss.type=distillation needs a model to learn from: set loss.teacher=MODEL_DIR"
+            if loss.teacher is None
+            else f"{source}: loss.teacher does nothing with loss.type={loss.type}: set loss.type=distillation"
+        )
+    if loss.type in REFERENCE and recipe.train.init_from is None:
+        raise MoaiError(
+            f"{source}: loss.type={loss.type} compares with the model it starts from: set train.init_from=MODEL_DIR"
+        )
     if recipe.data.train and recipe.data.stages:
         raise MoaiError(f"{source}: data.train and data.stages both say what to train on: leave one of them out")
     check_stages(recipe.data.run(), f"{source}: data.stages" if recipe.data.stages else f"{source}: data")

@@ -334,7 +334,7 @@ def test_the_table_of_losses() -> None:
 
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     for name, make in LOSSES.items():
-        defaults = [f"`{p.name}: {p.default}`" for p in inspect.signature(make).parameters.values()]
+        defaults = [f"`{p.name}: {json.dumps(p.default)}`" for p in inspect.signature(make).parameters.values()]
         assert f"| `{name}` | {', '.join(defaults)} |" in text
 
 

@@ -119,9 +119,9 @@ def _prepare(arguments: argparse.Namespace) -> None:
         _warn_of_long_conversations(console, Store(out))
     more = f" data.valid={arguments.valid}" if arguments.valid else ""
     if kind == "preference":
-        console.print(f"written to {arguments.out}. Look at it: moai data show {arguments.out} 0")
-        return
-    console.print(f"written to {arguments.out}. Next: moai train RECIPE data.train={arguments.out}{more}")
+        more += " loss.type=dpo train.init_from=MODEL"
+    next_step = f"moai train RECIPE data.train={arguments.out}{more}"
+    console.print(f"written to {arguments.out}. Next: {next_step}", soft_wrap=True)
 
 
 def _cleaner(arguments: argparse.Namespace) -> Cleaner | None:

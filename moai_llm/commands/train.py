@@ -3,6 +3,7 @@
 moai train moai-3b-tiny data.train=data/wiki train.steps=500 train.out=runs/first
 moai train moai-3b-tiny data.train=data/chat train.init_from=runs/first train.epochs=3 train.out=runs/chat
 moai train moai-3b-tiny 'data.train=[{store: data/wiki, weight: 3}, {store: data/code, weight: 1}]' train.steps=500
+moai train moai-3b-tiny data.train=data/pairs train.init_from=runs/chat loss.type=dpo train.epochs=1 train.out=runs/dpo
 moai train runs/first/recipe.yaml --resume
 """
 
@@ -16,6 +17,7 @@ from moai_llm import recipe as recipes
 from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
+    from moai_llm.data.shards import Store
     from moai_llm.recipe import Recipe
     from moai_llm.training.loop import Hook
 
@@ -57,12 +59,14 @@ def run(arguments: argparse.Namespace) -> None:
 
     if recipe.train.init_from and not (resume and not Path(recipe.train.init_from).exists()):
         recipe.train.init_from = str(resolve_model(recipe.train.init_from))
+    if recipe.loss.teacher:
+        recipe.loss.teacher = str(resolve_model(recipe.loss.teacher))
     if arguments.find_lr:
         _find_lr(recipe, resume=resume is not None, fresh=arguments.fresh)
         return
     trained = train(recipe, hooks=make_hooks(recipe), resume=resume is not None, fresh=arguments.fresh)
     if trained.finished:
-        chats = Store(recipe.data.stores()[-1]).manifest.kind == "chat"
+        chats = Store(recipe.data.stores()[-1]).manifest.kind != "text"
         use = f"moai chat {recipe.train.out}" if chats else f"moai generate {recipe.train.out} --prompt TEXT"
         print(f"saved {trained.checkpoint}. Next: {use}")
 
@@ -116,6 +120,8 @@ def _evaluation(recipe: Recipe) -> Hook:
             f"data.valid {store.path} was prepared with another tokenizer than data.train: prepare it again with "
             f"--tokenizer {first}/tokenizer"
         )
+    if store.manifest.kind == "preference":
+        return _evaluation_of_pairs(recipe, store)
     loader, lengths = Loader(store, recipe.data.seq_len, seed=None), store.tokenizer().byte_lengths()
 
     def hook(step: int, model: Any) -> dict[str, float]:
@@ -123,6 +129,31 @@ def _evaluation(recipe: Recipe) -> Hook:
         batches = loader.epoch(recipe.train.micro_batch_size, recipe.eval.rows)
         found = evaluate(model, batches, lengths, precision.autocast())
         return {"eval_loss": found.loss, "bits_per_byte": found.bits_per_byte}
+
+    return hook
+
+
+def _evaluation_of_pairs(recipe: Recipe, store: Store) -> Hook:
+    from moai_llm.data.pair_loader import PairLoader
+    from moai_llm.evaluation.preference import evaluate_pairs
+    from moai_llm.training.build import build_objective
+    from moai_llm.training.precision import make_precision
+    from moai_llm.training.preference import Preference
+
+    objective = build_objective(recipe, store.tokenizer())
+    if not isinstance(objective, Preference):
+        raise MoaiError(
+            f"data.valid {store.path} holds preference pairs, and loss.type={recipe.loss.type} compares no answers: "
+            "set another data.valid, or loss.type=dpo"
+        )
+    loader = PairLoader(store, recipe.data.seq_len, seed=None, overlong=recipe.data.overlong)
+    batches = list(loader.epoch(recipe.train.micro_batch_size, recipe.eval.rows))
+
+    def hook(step: int, model: Any) -> dict[str, float]:
+        precision = make_precision(recipe.train.precision, model.device, recipe.train.tf32)
+        objective.read_reference(store, precision)
+        found = evaluate_pairs(objective, model, batches, precision)
+        return {f"eval_{name}": found[name] for name in ("loss", "reward_margin", "reward_accuracy")}
 
     return hook
 

@@ -37,6 +37,7 @@ class Packing:
     length: np.ndarray  # (pieces,) int64
     capacity: int
     lengths: np.ndarray = field(repr=False)  # (documents,) int64, as they came
+    unit: str = "documents"  # what is packed, as a reader of `summary` calls it
 
     def __len__(self) -> int:
         return len(self.row_starts) - 1
@@ -78,9 +79,9 @@ class Packing:
         text = f"{len(self):,} rows of {self.capacity:,} tokens, {self.efficiency:.1%} full"
         cut, dropped, lost = self.cut_documents, self.dropped_documents, self.dropped_tokens
         if cut:
-            text += f"; {cut:,} of {len(self.lengths):,} documents are cut"
+            text += f"; {cut:,} of {len(self.lengths):,} {self.unit} are cut"
         if dropped:
-            text += f"; {dropped:,} of {len(self.lengths):,} documents are dropped"
+            text += f"; {dropped:,} of {len(self.lengths):,} {self.unit} are dropped"
         return text + (f"; {lost:,} tokens are lost" if lost else "")
 
 

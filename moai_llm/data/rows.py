@@ -45,7 +45,7 @@ class Rows:
         if store.manifest.kind == "preference":
             raise MoaiError(
                 f"{store.path} holds preference pairs: to train on both answers as if they were text would teach the "
-                "worse one too, and a loss that compares them is not there yet"
+                "worse one too. Compare them: loss.type=dpo train.init_from=MODEL_DIR"
             )
         self.pad_id = store.tokenizer().pad_id
         overlong = overlong or ("truncate" if store.manifest.kind == "chat" else "split")
@@ -81,7 +81,10 @@ class Rows:
             here = np.flatnonzero(shards == shard)
             begin = self._borders[shard][document[here] - self._first[shard]] + packing.start[pieces[here]]
             learn = self._learn[shard] if self._learn else EVERYTHING
-            _copy(self._tokens[shard], learn, begin, length[here], row[here], at[here], number[here], *out)
+            tokens, places = self._tokens[shard], (row[here], at[here], number[here])
+            if _copy(tokens, learn, begin, length[here], *places, *out) >= self.store.manifest.vocab_size:
+                for damaged in document[here].tolist():
+                    self.store.document(damaged)  # raises, and says where
         _pad(where, (at + length)[before + counts - 1], counts, self.pad_id, *out)
 
     def _teaches(self) -> bool:
@@ -138,8 +141,11 @@ def _plain(mapped: np.ndarray) -> np.ndarray:
 def _copy(  # pragma: no cover - compiled
     tokens: Any, learn: Any, begin: Any, length: Any, row: Any, at: Any, number: Any,
     ids: Any, labels: Any, positions: Any, documents: Any,
-) -> None:  # fmt: skip
-    """Pieces from tokens[begin : begin + length] to columns `at` of their rows; an empty `learn` learns all."""
+) -> Any:  # fmt: skip
+    """Pieces from tokens[begin : begin + length] to columns `at` of their rows; an empty `learn` learns all. Returns the
+    largest id.
+    """
+    largest = np.int64(0)
     for p in range(len(begin)):
         r, a, n, b, document = row[p], at[p], length[p], begin[p], number[p]
         source = tokens[b : b + n]
@@ -153,11 +159,14 @@ def _copy(  # pragma: no cover - compiled
             for i in range(n):
                 ids_here[i] = source[i]
                 labels_here[i] = source[i]
+        for i in range(n):
+            largest = max(largest, ids_here[i])
         labels_here[0] = NOTHING  # nothing stands before it
         positions_here, documents_here = positions[r, a : a + n], documents[r, a : a + n]
         for i in range(n):
             positions_here[i] = i
             documents_here[i] = document
+    return largest
 
 
 @njit(cache=True, nogil=True)

@@ -15,10 +15,10 @@ import torch
 
 from moai_llm.data.loader import Batch
 from moai_llm.inference.generate import TextModel
-from moai_llm.losses import create_loss_function, shift_labels
+from moai_llm.losses import Loss, shift_labels
 from moai_llm.runtime import MoaiError
 
-PLAIN = create_loss_function({"type": "cross_entropy"})
+PLAIN = Loss()
 
 
 @dataclass(frozen=True)

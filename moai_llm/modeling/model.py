@@ -14,7 +14,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import CausalLMOutputWithPast, ModelOutput
 
 from moai_llm.config import MoaiConfig
-from moai_llm.losses import Loss, create_loss_function, shift_labels
+from moai_llm.losses import Loss, shift_labels
 from moai_llm.modeling.decoder import DecoderLayer
 from moai_llm.modeling.linear import Linear
 from moai_llm.modeling.mamba import Mamba
@@ -224,7 +224,7 @@ class MoaiForCausalLM(MoaiPreTrainedModel, GenerationMixin):
         self.model = MoaiModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.objective: Loss = create_loss_function({"type": "cross_entropy"})
+        self.objective = Loss()
         self.post_init()
 
     def forward(

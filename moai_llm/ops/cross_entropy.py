@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moai_llm.ops.logit_chunks import blocks, compute_dtype, default_chunk_rows, over_chunks, scaled
+
 
 class Objective(NamedTuple):
     """Weights of the four terms, and their two constants."""
@@ -59,25 +61,17 @@ def linear_cross_entropy(
 
     Args:
         hidden: (T, d). weight: (V, d). targets: (T,) int64; rows equal to `ignore_index` cost nothing.
-        chunk_rows: rows of logits in memory at a time; default from a budget (256 MiB on a CPU, 1 GiB elsewhere).
+        chunk_rows: rows of logits in memory at a time; by default as many as fit a budget, see `default_chunk_rows`.
 
     Returns:
         Sums, not means: divide by the number of targets of the whole batch, over all micro-batches and ranks.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    rows = chunk_rows or default_chunk_rows(weight.shape[0], device)
     grad_hidden, grad_weight = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
+    hidden = hidden.to(compute_dtype(hidden))
     sums, _, _ = _forward(
-        hidden.to(dtype), weight, targets, list(objective), ignore_index, rows, grad_hidden, grad_weight
+        hidden, weight, targets, list(objective), ignore_index, chunk_rows or 0, grad_hidden, grad_weight
     )
     return LossSums(sums[0], sums[1].detach())
-
-
-def default_chunk_rows(vocab_size: int, device_type: str) -> int:
-    """Rows whose fp32 logits fill the budget, at least 64. On a CPU more than 1024 gain nothing."""
-    budget, most = (2**28, 1024) if device_type == "cpu" else (2**30, 8192)
-    return max(64, min(most, budget // (4 * vocab_size)))
 
 
 def row_losses(logits: Tensor, targets: Tensor, objective: Objective, gradient: Tensor | None) -> Tensor:
@@ -86,11 +80,8 @@ def row_losses(logits: Tensor, targets: Tensor, objective: Objective, gradient: 
     Args:
         gradient: (R, V) gets dL/dlogits; may be the logits themselves.
     """
-    # on a CPU a few megabytes at a time: the passes over a block then find it in the caches
-    block = max(1, 2**20 // logits.shape[1]) if logits.device.type == "cpu" else max(1, logits.shape[0])
     sums = torch.zeros(2, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
-    for start in range(0, logits.shape[0], block):
-        part = slice(start, start + block)
+    for part in blocks(logits):
         sums += _block_losses(logits[part], targets[part], objective, None if gradient is None else gradient[part])
     return sums
 
@@ -142,40 +133,22 @@ def _forward(
     targets: Tensor,
     objective: list[float],
     ignore_index: int,
-    chunk_rows: int,
+    chunk_rows: int,  # 0: by default_chunk_rows
     grad_hidden: bool,
     grad_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> sums (2,), dL/dhidden (T, d), dL/dweight (V, d); the gradients are empty where they are not wanted."""
     terms = Objective(*objective)
-    dtype = hidden.dtype
-    loss_dtype = torch.promote_types(dtype, torch.float32)
     valid = (targets != ignore_index).nonzero().squeeze(1)
-    everything = valid.shape[0] == targets.shape[0]
-    rows, wanted = (hidden, targets) if everything else (hidden[valid], targets[valid])
-    w = weight.to(dtype)
-    sums = torch.zeros(2, dtype=loss_dtype, device=hidden.device)
-    d_hidden = torch.zeros_like(hidden) if grad_hidden else hidden.new_empty(0)
-    # the first chunk writes it and the others add to it: at a large vocabulary to fill it with zeros takes its time
-    d_weight = torch.empty_like(weight) if grad_weight else weight.new_empty(0)
-    if not rows.shape[0]:
-        d_weight.zero_()
-    buffer = rows.new_empty(min(chunk_rows, rows.shape[0]), w.shape[0])  # one for all chunks
-    for start in range(0, rows.shape[0], chunk_rows):
-        part = slice(start, start + chunk_rows)
-        h = rows[part]
-        d_logits = logits = torch.mm(h, w.t(), out=buffer[: len(h)])
-        sums += row_losses(logits, wanted[part], terms, d_logits if grad_hidden or grad_weight else None)
-        if grad_hidden and everything:
-            torch.mm(d_logits, w, out=d_hidden[part])
-        elif grad_hidden:
-            d_hidden[valid[part]] = d_logits @ w
-        if grad_weight and dtype == weight.dtype:
-            torch.addmm(d_weight, d_logits.t(), h, beta=int(start > 0), out=d_weight)
-        elif grad_weight:
-            product = d_logits.t() @ h
-            d_weight.add_(product) if start else d_weight.copy_(product)
-    return sums, d_hidden, d_weight
+    wanted = targets[valid]
+    sums = torch.zeros(2, dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+
+    def visit(logits: Tensor, part: slice) -> None:
+        sums.add_(row_losses(logits, wanted[part], terms, logits if grad_hidden or grad_weight else None))
+
+    rows = chunk_rows or default_chunk_rows(weight.shape[0], hidden.device.type)
+    gradients = over_chunks(hidden, weight, valid, visit, rows, grad_hidden=grad_hidden, grad_weight=grad_weight)
+    return (sums, *gradients)
 
 
 @_forward.register_fake
@@ -196,29 +169,8 @@ def _save(ctx, inputs, output):
 def _gradients(ctx, grad_sums, *_):
     if grad_sums is None:  # the gradients themselves are asked for theirs
         raise RuntimeError("the loss from hidden states has no second derivatives")
-    grads = [_scaled(t, grad_sums[0]) if wanted else None for t, wanted in zip(ctx.saved_tensors, ctx.wants)]
+    grads = [scaled(t, grad_sums[0]) if wanted else None for t, wanted in zip(ctx.saved_tensors, ctx.wants)]
     return (*grads, *[None] * 6)
-
-
-def _scaled(kept: Tensor, scale: Tensor) -> Tensor:
-    """A gradient that the forward kept, times `scale` (): in its own memory where nobody can ask for it again."""
-    scale = scale.to(kept.dtype)
-    if _is_last_backward(scale):
-        return kept.detach().mul_(scale)  # detached: as an output of the op it is a part of the graph
-    return kept * scale
-
-
-def _is_last_backward(gradient: Tensor) -> bool:
-    """Whether the backward that is running, with this incoming gradient, uses the graph up: it neither keeps it
-    (`retain_graph`, `create_graph`) nor is compiled, nor walks it for a batch of gradients at once.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.is_batchedtensor(gradient)
-        or torch._C._functorch.is_legacy_batchedtensor(gradient)
-        or torch.is_grad_enabled()
-        or torch._C._autograd._get_current_graph_task_keep_graph()
-    )
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -245,7 +197,7 @@ class _ChunkedFromLogits(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_sums):
         (gradient,) = ctx.saved_tensors
-        return _scaled(gradient, grad_sums[0]), None, None, None, None
+        return scaled(gradient, grad_sums[0]), None, None, None, None
 
 
 def chunked_cross_entropy(

@@ -1,19 +1,23 @@
-"""The model of a run, from its recipe and the tokenizer of its data."""
+"""The model of a run and what it is trained for, from its recipe and the tokenizer of its data."""
 
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
 
 from moai_llm.config import MoaiConfig
-from moai_llm.losses import create_loss_function
+from moai_llm.losses import DistillationLoss, Loss, PreferenceLoss, create_loss_function
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer, load_tokenizer
+from moai_llm.training.distillation import Distillation
+from moai_llm.training.objective import NextToken, Objective
+from moai_llm.training.preference import Preference
 
 logger = logging.getLogger("moai_llm")
 
@@ -31,7 +35,7 @@ def build_model(
         MoaiError: `init_from` is not a model, or not one for this tokenizer.
     """
     if recipe.train.init_from:
-        model = _load(checkpoint or Path(recipe.train.init_from), tokenizer)
+        model = _load(checkpoint or Path(recipe.train.init_from), tokenizer, "train.init_from")
     else:
         fields = {name: getattr(recipe.model, name) for name in recipe.model.__dataclass_fields__}
         if fields["vocab_size"] != tokenizer.padded_vocab_size:
@@ -43,15 +47,10 @@ def build_model(
     for name, value in ids.items():
         setattr(model.config, name, value)
     model.generation_config = GenerationConfig(**{**ids, "eos_token_id": tokenizer.stop_ids})
-    try:
-        model.objective = create_loss_function({"type": recipe.loss.type, "params": recipe.loss.params})
-    except ValueError as error:
-        raise MoaiError(str(error)) from None
-    if recipe.data.seq_len > model.config.max_position_embeddings and model.config.position_embedding == "learned":
-        raise MoaiError(
-            f"data.seq_len {recipe.data.seq_len} is more than the {model.config.max_position_embeddings} learned "
-            "positions of this model: lower data.seq_len or raise model.max_position_embeddings"
-        )
+    loss = _loss(recipe)
+    if isinstance(loss, Loss):
+        model.objective = loss
+    _require_positions(model, recipe.data.seq_len, "this model")
     model.to(device=device, dtype=torch.float32)  # type: ignore[call-arg]
     if recipe.train.activation_checkpointing:
         # transformers renamed the method; both turn on `GradientCheckpointingLayer`
@@ -71,13 +70,54 @@ def active_parameters(model: MoaiForCausalLM) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _load(path: Path, tokenizer: Tokenizer) -> MoaiForCausalLM:
+def build_objective(recipe: Recipe, tokenizer: Tokenizer) -> Objective:
+    """What `loss` of the recipe says the run is trained for.
+
+    Raises:
+        MoaiError: a parameter out of range, or a teacher that is not a model, or not one for this tokenizer.
+    """
+    loss = _loss(recipe)
+    if isinstance(loss, PreferenceLoss):
+        start = partial(_load, Path(recipe.train.init_from or ""), tokenizer, "train.init_from")
+        return Preference(loss, recipe, start)
+    if isinstance(loss, DistillationLoss):
+        teacher = Path(recipe.loss.teacher or "")
+        _require_tokenizer(teacher, tokenizer, "loss.teacher")
+
+        def load() -> MoaiForCausalLM:
+            model = _load(teacher, tokenizer, "loss.teacher")
+            _require_positions(model, recipe.data.seq_len, "loss.teacher")
+            return model
+
+        return Distillation(loss, tokenizer.vocab_size, teacher, load)
+    return NextToken()
+
+
+def _loss(recipe: Recipe) -> Loss | DistillationLoss | PreferenceLoss:
+    try:
+        return create_loss_function({"type": recipe.loss.type, "params": recipe.loss.params})
+    except ValueError as error:
+        raise MoaiError(str(error)) from None
+
+
+def _require_positions(model: MoaiForCausalLM, seq_len: int, name: str) -> None:
+    if seq_len > model.config.max_position_embeddings and model.config.position_embedding == "learned":
+        raise MoaiError(
+            f"data.seq_len {seq_len} is more than the {model.config.max_position_embeddings} learned positions of "
+            f"{name}: lower data.seq_len or raise model.max_position_embeddings"
+        )
+
+
+def _require_tokenizer(path: Path, tokenizer: Tokenizer, key: str) -> None:
     if not (path / "config.json").is_file():
-        raise MoaiError(f"train.init_from: {path} is not a model directory (no config.json)")
-    theirs = load_tokenizer(path)
-    if theirs.fingerprint != tokenizer.fingerprint:
+        raise MoaiError(f"{key}: {path} is not a model directory (no config.json)")
+    if load_tokenizer(path).fingerprint != tokenizer.fingerprint:
         raise MoaiError(
             f"the data was prepared with another tokenizer than {path} was trained with: prepare it again with "
             f"--tokenizer {path}"
         )
+
+
+def _load(path: Path, tokenizer: Tokenizer, key: str) -> MoaiForCausalLM:
+    _require_tokenizer(path, tokenizer, key)
     return MoaiForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 
 from moai_llm.data.loader import Loader, open_stages
+from moai_llm.data.pair_loader import PairLoader
+from moai_llm.data.shards import Store
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError
 
 logger = logging.getLogger("moai_llm")
 
 
-def open_data(recipe: Recipe, step_rows: int, device: torch.device) -> Loader:
-    """The loader of `data.train` or `data.stages`; warns of documents that do not fit into a row.
+def open_data(recipe: Recipe, step_rows: int, device: torch.device, *, pairs: bool = False) -> Loader | PairLoader:
+    """The loader of `data.train` or `data.stages`; warns of what does not fit into a row.
+
+    Args:
+        pairs: of preference pairs, which come from one store.
 
     Raises:
         MoaiError: what `open_stages` and `Loader` raise; pinned memory without a CUDA device.
@@ -22,26 +28,38 @@ def open_data(recipe: Recipe, step_rows: int, device: torch.device) -> Loader:
     data = recipe.data
     if data.pin_memory and device.type != "cuda":
         raise MoaiError(f"data.pin_memory=true is for a CUDA device, and this run is on {device}: leave it out")
-    loader = Loader(
-        open_stages(data), data.seq_len, recipe.train.seed, packing=data.packing, overlong=data.overlong,
-        step_rows=step_rows,
-        pinned=device.type == "cuda" if data.pin_memory is None else data.pin_memory,
+    pinned = device.type == "cuda" if data.pin_memory is None else data.pin_memory
+    make: Callable[..., Loader | PairLoader] = PairLoader if pairs else Loader
+    loader = make(
+        _one_store(recipe) if pairs else open_stages(data), data.seq_len, recipe.train.seed, packing=data.packing,
+        overlong=data.overlong, step_rows=step_rows, pinned=pinned,
     )  # fmt: skip
     for rows in loader.sources:
-        if rows.packing.dropped_tokens:
+        packing = rows.packing
+        if packing.dropped_tokens:
             logger.warning(
-                "%s: %s of %s documents are longer than data.seq_len %s and %s: raise it to keep them whole",
-                rows.store.path, int((rows.packing.lengths > data.seq_len).sum()), len(rows.store), data.seq_len,
-                "are left out" if rows.packing.dropped_documents else "lose their end",
+                "%s: %s of %s %s are longer than data.seq_len %s and %s: raise it to keep them whole",
+                rows.store.path, int((packing.lengths > data.seq_len).sum()), len(packing.lengths), packing.unit,
+                data.seq_len, "are left out" if packing.dropped_documents else "lose their end",
             )  # fmt: skip
     return loader
 
 
-def describe(recipe: Recipe, loader: Loader, total: int) -> list[str]:
+def _one_store(recipe: Recipe) -> Store:
+    """Pairs come from one store: how a mixture of them would be weighed nobody has said."""
+    stages = open_stages(recipe.data)
+    if len(stages) > 1 or len(stages[0].sources) > 1 or stages[0].sources[0].store.merged:
+        raise MoaiError(f"loss.type={recipe.loss.type} reads one store of pairs, not a mixture or stages: prepare the "
+                        "sources together, `moai data prepare A B --preference`")  # fmt: skip
+    return stages[0].sources[0].store
+
+
+def describe(recipe: Recipe, loader: Loader | PairLoader, total: int) -> list[str]:
     """Lines for people: the rows of each store, how often it is read, and the stages with their mixtures."""
     names = [str(rows.store.path) for rows in loader.sources]
     if len(names) == len(loader.stages) == 1:
         return [f"data, {recipe.data.packing}: {loader.sources[0].packing.summary()}"]
+    assert isinstance(loader, Loader)
     read = loader.curriculum.read(total * loader.step_rows)
     lines = [
         f"data, {recipe.data.packing}, {name}: {rows.packing.summary()}; read {count / len(rows):.2f} times"

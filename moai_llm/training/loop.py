@@ -28,6 +28,7 @@ from moai_llm.runtime import MoaiError
 from moai_llm.training.clipping import Clip
 from moai_llm.training.health import Health, Verdict
 from moai_llm.training.monitor import Monitor
+from moai_llm.training.objective import NextToken, Objective, add_up, to_floats
 from moai_llm.training.precision import Precision
 from moai_llm.training.run import Run
 from moai_llm.training.schedules import learning_rate
@@ -46,9 +47,7 @@ class Trained(NamedTuple):
 
 @dataclass
 class StepResult:
-    loss: float  # objective per target
-    cross_entropy: float
-    aux_loss: float
+    numbers: dict[str, float]  # of the objective, `loss` among them
     grad_norm: float  # before clipping
     clip: float  # share of the norm that clipping left
     targets: int
@@ -78,7 +77,7 @@ def train(
     """
     if recipe.schedule.name == "plateau" and not hooks:
         raise MoaiError("schedule.name=plateau follows the evaluations and there are none: set data.valid")
-    run = Run.begin(recipe, resume=resume, fresh=fresh)
+    run = Run.begin(recipe, resume=resume, fresh=fresh, quiet=quiet)
     recipe = run.recipe
     with (
         Monitor(run.out, run.total, run.done, title=title, quiet=quiet) as monitor,
@@ -95,9 +94,9 @@ def train(
             lr = learning_rate(run.done, run.total, recipe.optim.lr, recipe.schedule, run.eval_losses)
             batch = run.batch()
             result = train_step(
-                run.model, run.optimizer, run.precision, split_rows(batch, recipe.train.micro_batch_size), lr=lr,
-                clip=run.clip, router_load=run.router_load, noise_seed=(recipe.train.seed, run.done + run.ahead),
-                health=run.health,
+                run.model, run.optimizer, run.precision, split_rows(batch, recipe.train.micro_batch_size),
+                run.objective, lr=lr, clip=run.clip, router_load=run.router_load,
+                noise_seed=(recipe.train.seed, run.done + run.ahead), health=run.health,
             )  # fmt: skip
             watchdog.beat()
             if result.verdict.reason:
@@ -151,6 +150,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     precision: Precision,
     batches: Sequence[Batch],
+    objective: Objective = NextToken(),  # noqa: B008 - has no state
     *,
     lr: float,
     clip: Clip,
@@ -168,30 +168,24 @@ def train_step(
         noise_seed: (seed, step); with the micro-batch's number it is all that the router's noise depends on.
     """
     device = precision.device
-    targets = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
-    if targets == 0:
+    counts = objective.count(batches)
+    if counts.targets == 0:
         raise MoaiError("a batch without a single token to learn: raise train.batch_tokens or check the data's masks")
     if router_load is None:
         router_load = torch.full_like(model.model.expert_counts, 1 / model.config.num_experts)
-    sums = torch.zeros(3, device=device)
+    sums: dict[str, Tensor] = {}
     for i, batch in enumerate(batches):
         on_device = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
         with precision.autocast():
-            output = model(
-                **on_device,
-                num_items_in_batch=targets,
-                router_load=router_load,
-                noise_key=noise_key(*noise_seed, i, device),
-                use_cache=False,
+            part = objective.forward(
+                model, on_device, counts, router_load=router_load, noise_key=noise_key(*noise_seed, i, device)
             )
-        precision.scaler.scale(output.loss).backward()
-        aux = output.loss.new_zeros(()) if output.aux_loss is None else output.aux_loss
-        sums += torch.stack([output.loss.detach(), output.cross_entropy, aux]).float()
+        precision.scaler.scale(part.loss).backward()
+        add_up(sums, part.numbers)
     precision.scaler.unscale_(optimizer)
     clipped = clip()
-    loss, cross_entropy, aux_loss = sums.tolist()
-    scaled = precision.scaler.is_enabled()
-    verdict = Verdict("take") if health is None else health.judge(loss, float(clipped.norm), scaled=scaled)
+    numbers, norm, scaled = to_floats(sums), float(clipped.norm), precision.scaler.is_enabled()
+    verdict = Verdict("take") if health is None else health.judge(numbers["objective"], norm, scaled=scaled)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     if verdict.action == "take":
@@ -199,10 +193,9 @@ def train_step(
     if scaled:
         precision.scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    counts = model.model.take_expert_counts()
-    load = counts / counts.sum(-1, keepdim=True).clamp_min(1) if counts.numel() else None
-    norm, kept = float(clipped.norm), float(clipped.kept)
-    return StepResult(loss, cross_entropy, aux_loss, norm, kept, targets, load, verdict)
+    chosen = model.model.take_expert_counts()
+    load = chosen / chosen.sum(-1, keepdim=True).clamp_min(1) if chosen.numel() else None
+    return StepResult(numbers, norm, float(clipped.kept), counts.targets, load, verdict)
 
 
 def noise_key(seed: int, step: int, micro_batch: int, device: torch.device) -> Tensor:
@@ -218,12 +211,9 @@ def split_rows(batch: Batch, size: int) -> list[Batch]:
 
 
 def _numbers(result: StepResult) -> dict[str, float]:
-    numbers = {
-        "loss": result.cross_entropy, "objective": result.loss, "grad_norm": result.grad_norm, "clip": result.clip,
-    }  # fmt: skip
+    numbers = {**result.numbers, "grad_norm": result.grad_norm, "clip": result.clip}
     if result.expert_load is not None:
         load = result.expert_load
-        numbers["aux_loss"] = result.aux_loss
         # coefficient of variation over experts, the worst layer: 0 is perfect balance
         numbers["expert_cv"] = float((load.std(-1, unbiased=False) / load.mean(-1)).max())
     return numbers

@@ -15,15 +15,16 @@ from pathlib import Path
 
 import torch
 
-from moai_llm.data.loader import Loader
+from moai_llm.data.loader import Loader, open_stages
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_everything
-from moai_llm.training.build import active_parameters, build_model
+from moai_llm.training.build import active_parameters, build_model, build_objective
 from moai_llm.training.clipping import Clip
 from moai_llm.training.feed import open_data
 from moai_llm.training.loop import split_rows, train_step
 from moai_llm.training.lr_guide import guide, kind_of_run
+from moai_llm.training.objective import NextToken, Objective
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import Precision, make_precision
 
@@ -80,18 +81,26 @@ def find_lr(recipe: Recipe, progress: Progress = lambda step, lr, loss: None, st
     if device.type == "cpu":
         keep_freed_memory()
     seed_everything(recipe.train.seed)
+    tokenizer = open_stages(recipe.data)[0].sources[0].store.tokenizer()
+    objective = build_objective(recipe, tokenizer)
+    if objective.pairs:
+        raise MoaiError(f"--find-lr looks at the loss of the next token, and loss.type={recipe.loss.type} is none")
     loader = open_data(recipe, max(1, recipe.train.batch_tokens // recipe.data.seq_len), device)
+    assert isinstance(loader, Loader)
     store = loader.sources[-1].store
-    model = build_model(recipe, store.tokenizer(), device)
+    model = build_model(recipe, tokenizer, device)
     kind = kind_of_run(store.manifest.kind, recipe.train.init_from)
     low, high = guide(kind, active_parameters(model), recipe.optim.name) or (1e-2, 1.0)  # of plain SGD
     precision = make_precision(recipe.train.precision, device, recipe.train.tf32)
-    return sweep(model, recipe, loader, precision, low / BELOW, high * ABOVE, steps, progress, keep=False)
+    objective.prepare(model, store, precision, resumed=False, quiet=True)
+    low, high = low / BELOW, high * ABOVE
+    return sweep(model, recipe, loader, precision, low, high, steps, progress, objective=objective, keep=False)
 
 
 def sweep(
     model: MoaiForCausalLM, recipe: Recipe, loader: Loader, precision: Precision, low: float, high: float, steps: int,
-    progress: Progress = lambda step, lr, loss: None, *, keep: bool = True,
+    progress: Progress = lambda step, lr, loss: None, *,
+    objective: Objective | None = None, keep: bool = True,
 ) -> Found:  # fmt: skip
     """Train a copy of the model for at most so many steps, the learning rate rising from `low` to `high` by the same
     factor each step, until the loss has broken.
@@ -109,15 +118,15 @@ def sweep(
             lr = low * (high / low) ** (step / max(1, steps - 1))
             batches = split_rows(loader.step(step), recipe.train.micro_batch_size)
             result = train_step(
-                trial, optimizer, precision, batches, lr=lr, clip=clip, router_load=load,
+                trial, optimizer, precision, batches, objective or NextToken(), lr=lr, clip=clip, router_load=load,
                 noise_seed=(recipe.train.seed, step),
             )  # fmt: skip
             load = result.expert_load
-            if not math.isfinite(result.cross_entropy):
+            if not math.isfinite(result.numbers["loss"]):
                 break
             rates.append(lr)
-            losses.append(result.cross_entropy)
-            progress(step + 1, lr, result.cross_entropy)
+            losses.append(result.numbers["loss"])
+            progress(step + 1, lr, result.numbers["loss"])
             if Found(rates, losses).broken:
                 break
     if not losses:

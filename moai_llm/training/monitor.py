@@ -10,16 +10,19 @@ from __future__ import annotations
 import csv
 import json
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn, track
+
+T = TypeVar("T")
 
 CSV_COLUMNS = (
     "step", "tokens", "loss", "lr", "grad_norm", "clip", "tokens_per_second", "aux_loss", "expert_cv", "eval_loss",
-    "bits_per_byte",
+    "bits_per_byte", "kl", "reward_margin", "reward_accuracy", "eval_reward_margin", "eval_reward_accuracy",
 )  # fmt: skip
 
 
@@ -90,6 +93,10 @@ class Monitor:
         parts = []
         if "loss" in row:
             parts.append(f"loss {row['loss']:.3f}")
+        if "reward_accuracy" in row:
+            parts.append(f"accuracy {row['reward_accuracy']:.0%}")
+        if "kl" in row:
+            parts.append(f"kl {row['kl']:.3f}")
         if "lr" in row:
             parts.append(f"lr {row['lr']:.1e}")
         if "tokens_per_second" in row:
@@ -110,6 +117,21 @@ class Monitor:
     ) -> None:
         if self.live:
             self._progress.stop()
+
+
+def follow(items: Iterable[T], total: int, title: str, *, quiet: bool = False) -> Iterator[T]:
+    """Hand out the items and show how far it is: a bar on a terminal, else a line every ten seconds."""
+    console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+    if console.is_terminal:
+        yield from track(items, description=title, total=total, console=console, disable=quiet)
+        return
+    began = said = time.perf_counter()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.perf_counter()
+        if now - said > 10 and done < total:
+            console.print(f"{title} {done}/{total}  eta {duration((now - began) / done * (total - done))}")
+            said = now
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -14,18 +14,20 @@ from torch import Tensor
 
 from moai_llm import recipe as recipes
 from moai_llm.data.ahead import Ahead
-from moai_llm.data.loader import Batch, Loader
+from moai_llm.data.loader import Batch, Loader, open_stages
+from moai_llm.data.pair_loader import PairLoader
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_everything, write_atomically
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.training import rollback
-from moai_llm.training.build import active_parameters, build_model
+from moai_llm.training.build import active_parameters, build_model, build_objective
 from moai_llm.training.checkpoint import Checkpoints, restore
 from moai_llm.training.clipping import Clip
 from moai_llm.training.feed import describe, open_data
 from moai_llm.training.health import Health
 from moai_llm.training.lr_guide import advice, kind_of_run
+from moai_llm.training.objective import Objective
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import Precision, make_precision
 from moai_llm.training.start import discard, find_start, total_steps, with_model_of
@@ -53,7 +55,8 @@ class Run:
     recipe: Recipe
     out: Path
     tokenizer: Tokenizer
-    loader: Loader
+    objective: Objective
+    loader: Loader | PairLoader
     rows: int
     total: int
     model: MoaiForCausalLM
@@ -73,7 +76,7 @@ class Run:
     _batches: Ahead | None = field(default=None, repr=False)
 
     @classmethod
-    def begin(cls, recipe: Recipe, *, resume: bool, fresh: bool) -> Run:
+    def begin(cls, recipe: Recipe, *, resume: bool, fresh: bool, quiet: bool = False) -> Run:
         """Set up a run in `train.out`; see `loop.train`. Nothing is written before all else is known to be in order."""
         saving, out = recipe.checkpoint, Path(recipe.train.out)
         checkpoints = Checkpoints(
@@ -86,13 +89,14 @@ class Run:
             keep_freed_memory()
         seed_everything(recipe.train.seed)
         rows = max(1, recipe.train.batch_tokens // recipe.data.seq_len)
-        loader = open_data(recipe, rows, device)
-        tokenizer = loader.sources[0].store.tokenizer()
+        tokenizer = open_stages(recipe.data)[0].sources[0].store.tokenizer()
+        objective = build_objective(recipe, tokenizer)
+        loader = open_data(recipe, rows, device, pairs=objective.pairs)
         model = build_model(recipe, tokenizer, device, latest)
         if recipe.train.init_from:
             recipe = with_model_of(recipe, model.config)
         run = cls(
-            recipe, out, tokenizer, loader, rows, total_steps(recipe, loader, rows), model,
+            recipe, out, tokenizer, objective, loader, rows, total_steps(recipe, loader, rows), model,
             make_optimizer(model, recipe.optim), precision, Clip(model, recipe.clip, recipe.train.max_grad_norm),
             Health(recipe.health), checkpoints,
         )  # fmt: skip
@@ -110,6 +114,8 @@ class Run:
             discard(out)
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "recipe.yaml", recipes.dump(recipe))
+        store = loader.sources[0].store
+        objective.prepare(model, store, precision, resumed=latest is not None, quiet=quiet)
         return run
 
     def batch(self) -> Batch:
@@ -218,4 +224,5 @@ class Run:
             "seq_len": self.recipe.data.seq_len,
             "rows": self.rows,
             "seed": self.recipe.train.seed,
+            **self.objective.identity(),
         }

@@ -72,8 +72,8 @@ def test_the_numbers_of_a_step() -> None:
     plain = torch.nn.functional.cross_entropy(logits.flatten(0, 1), whole["labels"][:, 1:].flatten())
     (result,) = steps(model, 3, count=1)
     assert result.targets == targets
-    assert abs(result.cross_entropy - float(plain.detach())) < 1e-5
-    assert abs(result.aux_loss - 2 * 0.01) < 1e-6  # two layers, uniform load: exactly the coefficient each
+    assert abs(result.numbers["loss"] - float(plain.detach())) < 1e-5
+    assert abs(result.numbers["aux_loss"] - 2 * 0.01) < 1e-6  # two layers, uniform load: exactly the coefficient each
     assert torch.allclose(result.expert_load.sum(-1), torch.ones(2, dtype=result.expert_load.dtype))
 
 
@@ -104,7 +104,7 @@ def test_bf16_is_close_to_fp32() -> None:
         model = tiny_model("linear_attention", "sparse").float()
         optimizer, precision = make_optimizer(model, OptimConfig()), make_precision(name, CPU)
         losses.append(
-            train_step(model.train(), optimizer, precision, [batch()], lr=1e-3, clip=Clip(model)).cross_entropy
+            train_step(model.train(), optimizer, precision, [batch()], lr=1e-3, clip=Clip(model)).numbers["loss"]
         )
         assert all(p.dtype == torch.float32 for p in model.parameters())
     assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.05
