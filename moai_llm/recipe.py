@@ -59,6 +59,7 @@ ELSEWHERE = {
     "save_total_limit": "checkpoint.keep_last",
     "eval_steps": "eval.every",
     "logging_steps": "log.every",
+    "report_to": "log.to",
 }
 
 
@@ -156,6 +157,10 @@ class EvalConfig:
 class LogConfig:
     #: steps between lines of metrics
     every: Count = 10
+    #: trackers that hear the numbers beside metrics.jsonl
+    to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    #: the name of the project at wandb and trackio
+    project: str = "moai"
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,7 @@ import moai_llm
 PACKAGE = Path(moai_llm.__file__).parent
 FLOORS = [
     ["runtime"],
-    ["ops", "architecture"],
+    ["ops", "architecture", "pages"],
     ["config", "losses"],
     ["recipe", "tokenizer", "modeling"],
     ["data", "quantization"],

@@ -10,10 +10,11 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
+from moai_llm.pages.html import document, framed, legend, plain_table
+from moai_llm.pages.plots import Bar, Line, bars, color, histogram, lines, percents, round_up
 from moai_llm.tokenizer.counts import Row
 from moai_llm.tokenizer.pieces import Piece, shortened
 from moai_llm.tokenizer.report import Entry, Report, decimal, percent
-from moai_llm.tokenizer.report_plots import Bar, Line, bars, color, histogram, lines, round_up
 from moai_llm.tokenizer.report_table import NOTES, Sheet, amount, sheets
 
 STYLE = Path(__file__).with_name("report.css")
@@ -24,14 +25,8 @@ LANGUAGES = ("ko", "en", "ja", "zh")  # labels that are language tags: how their
 
 def page(report: Report) -> str:
     """The whole page."""
-    data = json.dumps(report.to_dict(), ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
-    body = "\n".join(_sections(report))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>Tokenizer report</title>\n'
-        f"<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n{body}\n</main>\n"
-        f'<script type="application/json" id="report">{data}</script>\n</body>\n</html>\n'
-    )
+    data = json.dumps(report.to_dict(), ensure_ascii=False, allow_nan=False)
+    return document("Tokenizer report", _sections(report), style=STYLE.read_text(encoding="utf-8"), data=data)
 
 
 def _sections(report: Report) -> Iterator[str]:
@@ -164,36 +159,20 @@ def _vocabulary(report: Report) -> Iterator[str]:
     powers = [10**i for i in range(max(2, len(str(most)) + 1))]
     series = [Line(entry.name, entry.coverage) for entry in report.entries]
     ticks = [(float(power), f"{power:,}") for power in powers]
-    svg = lines("Coverage", series, x_label="most frequent ids", x_ticks=ticks, log_x=True, top=1.0)
-    yield f'<div class="grid wide"><section class="card">{svg}{_legend(report)}</section><section class="card">'
+    svg = lines("Coverage", series, x_label="most frequent ids", x_ticks=ticks, y_ticks=percents(1.0), log_x=True)
+    names_of_colors = legend([entry.name for entry in report.entries])
+    yield f'<div class="grid wide"><section class="card">{svg}{names_of_colors}</section><section class="card">'
     names = list(report.entries[0].ids_for_share)
     rows = [(entry.name, [*(f"{entry.ids_for_share.get(n, 0):,}" for n in names), f"{entry.total.ids_used:,}"])
             for entry in report.entries]  # fmt: skip
     columns = [*(f"{float(name):.0%}" for name in names), "100%"]
-    yield _framed("ids that make up a share of the text", *_plain_table(["tokenizer", *columns], rows))
+    yield framed("ids that make up a share of the text", *plain_table(["tokenizer", *columns], rows))
     yield "</section></div>"
 
 
 def _shares(counts: Sequence[int]) -> list[float]:
     whole = max(1, sum(counts))
     return [count / whole for count in counts]
-
-
-def _plain_table(columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]]) -> tuple[str, str]:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in columns)
-    body = [
-        f'<tr><th scope="row">{escape(name)}</th>{"".join(f"<td>{value}</td>" for value in values)}</tr>'
-        for name, values in rows
-    ]
-    return head, "".join(body)
-
-
-def _legend(report: Report) -> str:
-    items = [
-        f'<li class="{color(i)}"><span class="swatch"></span>{escape(e.name)}</li>'
-        for i, e in enumerate(report.entries)
-    ]
-    return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def _samples(report: Report) -> Iterator[str]:
@@ -235,7 +214,7 @@ def _tables(report: Report) -> Iterator[str]:
         yield from (f'<p class="note">{escape(note)}</p>' for note in sheet.notes)
     rows = [(t.label, [f"{t.documents:,}", f"{t.bytes:,}", f"{t.characters:,}", f"{t.words:,}"]) for t in report.texts]
     columns = ["text", "documents", "bytes", "characters", "words"]
-    yield _framed("The texts", *_plain_table(columns, rows))
+    yield framed("The texts", *plain_table(columns, rows))
     yield "<footer>Made by <code>moai tokenizer report</code>. The numbers lie in this file as JSON, too.</footer>"
 
 
@@ -248,12 +227,4 @@ def _table(sheet: Sheet) -> str:
             style, mark = ("best", "*") if cell.best else ("lossy", "!") if cell.lossy else ("", "")
             shown.append(f"<td{f' class={style!r}' * bool(style)}>{escape(cell.text)}{mark}</td>")
         body.append(f'<tr><th scope="row">{escape(name)}</th>{"".join(shown)}</tr>')
-    return _framed(sheet.heading, head, "".join(body))
-
-
-def _framed(caption: str, head: str, body: str) -> str:
-    name = escape(caption, quote=True)
-    return (
-        f'<div class="scroll" role="region" aria-label="{name}" tabindex="0"><table><caption>{name}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    return framed(sheet.heading, head, "".join(body))

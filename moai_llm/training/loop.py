@@ -33,7 +33,9 @@ from moai_llm.training.checkpoint import Checkpoints, restore
 from moai_llm.training.monitor import Monitor
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import Precision, make_precision
+from moai_llm.training.profile import ProfileOptions, Profiler
 from moai_llm.training.schedules import learning_rate
+from moai_llm.training.sinks import require_sinks
 from moai_llm.training.start import discard, find_start, total_steps, with_model_of
 
 logger = logging.getLogger("moai_llm")
@@ -66,6 +68,7 @@ def train(
     fresh: bool = False,
     title: str = "train",
     quiet: bool = False,
+    profile: ProfileOptions = ProfileOptions(),
 ) -> Trained:
     """Run a recipe to its end, or to the next step border after SIGTERM or SIGINT.
 
@@ -73,6 +76,7 @@ def train(
         hooks: run every `eval.every` steps and at the end, after the checkpoint of that step; see `Hook`.
         resume: go on from the newest sound checkpoint of `train.out`, exactly where it stopped.
         fresh: delete the run in `train.out`, once everything else is known to be in order.
+        profile: where time and memory go; nothing by default.
 
     Raises:
         MoaiError: the recipe lacks data or a length, the directory already holds a run, a checkpoint cannot be
@@ -81,6 +85,7 @@ def train(
     if not recipe.data.train:
         raise MoaiError("data.train is not set: give a store made by `moai data prepare`, e.g. data.train=data/wiki")
     out = Path(recipe.train.out)
+    require_sinks(recipe)
     checkpoints = Checkpoints(out / "checkpoints", recipe.checkpoint.keep_last)
     latest, begun = find_start(recipe, checkpoints, resume=resume, fresh=fresh)
     device = pick_device(recipe.train.device)
@@ -122,7 +127,11 @@ def train(
         discard(out)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "recipe.yaml", yaml)
-    with Monitor(out, total, start, title=title, quiet=quiet) as monitor, _stop_signals() as stop:
+    with (
+        Monitor.for_run(recipe, model.config, precision, total, start, title=title, quiet=quiet) as monitor,
+        Profiler(profile, out, device, total - start, model, optimizer, monitor.note, monitor.log) as profiler,
+        _stop_signals() as stop,
+    ):
         monitor.note(f"data, {recipe.data.packing}: {loader.packing.summary()}")
         if start:
             monitor.note(f"resumed from {latest}")
@@ -139,6 +148,7 @@ def train(
             _require_finite(result, step, checkpoints)
             targets_seen, load, done = targets_seen + result.targets, result.expert_load, step + 1
             since += batch["input_ids"].numel()
+            profiler.step(done)
             stopping = stop.is_set()  # asked once a step: a signal that comes later is seen after the next one
             last = done == total or stopping
             if done % recipe.log.every == 0 or last or done == 1:
@@ -148,6 +158,7 @@ def train(
                     tokens=done * rows * recipe.data.seq_len,
                     lr=lr,
                     tokens_per_second=since / (now - clock),
+                    expert_load=load,
                     **_numbers(result),
                 )
                 clock, since = now, 0

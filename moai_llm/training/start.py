@@ -16,7 +16,11 @@ from moai_llm.runtime import MoaiError
 from moai_llm.training.checkpoint import Checkpoints
 
 RESUMABLE = ("description", "log", "eval", "checkpoint")  # sections that may change when a run is resumed
-WRITTEN = ("recipe.yaml", "metrics.jsonl", "training_log.csv", "samples.txt", "checkpoints")  # what a run leaves
+# what a run leaves
+WRITTEN = (
+    "recipe.yaml", "environment.json", "metrics.jsonl", "training_log.csv", "samples.txt", "checkpoints", "tensorboard",
+    "wandb", "profile.txt", "memory_snapshot.pickle",
+)  # fmt: skip
 
 
 class Start(NamedTuple):
