@@ -68,7 +68,7 @@ def train(
     fresh: bool = False,
     title: str = "train",
     quiet: bool = False,
-    profile: ProfileOptions = ProfileOptions(),
+    profile: ProfileOptions | None = None,
 ) -> Trained:
     """Run a recipe to its end, or to the next step border after SIGTERM or SIGINT.
 
@@ -76,7 +76,7 @@ def train(
         hooks: run every `eval.every` steps and at the end, after the checkpoint of that step; see `Hook`.
         resume: go on from the newest sound checkpoint of `train.out`, exactly where it stopped.
         fresh: delete the run in `train.out`, once everything else is known to be in order.
-        profile: where time and memory go; nothing by default.
+        profile: say where time and memory go.
 
     Raises:
         MoaiError: the recipe lacks data or a length, the directory already holds a run, a checkpoint cannot be
@@ -129,7 +129,9 @@ def train(
     write_atomically(out / "recipe.yaml", yaml)
     with (
         Monitor.for_run(recipe, model.config, precision, total, start, title=title, quiet=quiet) as monitor,
-        Profiler(profile, out, device, total - start, model, optimizer, monitor.note, monitor.log) as profiler,
+        Profiler(
+            profile or ProfileOptions(), out, device, total - start, model, optimizer, monitor.note, monitor.log
+        ) as profiler,
         _stop_signals() as stop,
     ):
         monitor.note(f"data, {recipe.data.packing}: {loader.packing.summary()}")

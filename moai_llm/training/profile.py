@@ -135,17 +135,14 @@ def operators(tracer: Any, device: torch.device) -> list[Operator]:
 
 def table(found: list[Operator]) -> list[str]:
     """The operators that took the most, as lines of text."""
-    shown = found[:ROWS]
-    width = max([len("operator"), *(len(operator.name[:60]) for operator in shown)])
-    lines = [f"{'operator':<{width}}  {'calls':>7}  {'time':>10}  share"]
-    for name, calls, time, share in shown:
-        lines.append(f"{name[:60]:<{width}}  {calls:>7,}  {time / 1000:>7,.1f} ms  {share:>5.1%}")
     rest = found[ROWS:]
-    if rest:
-        time, share = sum(o.time for o in rest), sum(o.share for o in rest)
-        lines.append(
-            f"{f'{len(rest)} others':<{width}}  {sum(o.calls for o in rest):>7,}  {time / 1000:>7,.1f} ms  {share:>5.1%}"
-        )
+    others = Operator(
+        f"{len(rest)} others", sum(o.calls for o in rest), sum(o.time for o in rest), sum(o.share for o in rest)
+    )
+    width = max(len(operator.name[:60]) for operator in [*found[:ROWS], others])
+    lines = [f"{'operator':<{width}}  {'calls':>7}  {'time':>10}  share"]
+    for name, calls, time, share in [*found[:ROWS], *[others] * bool(rest)]:
+        lines.append(f"{name[:60]:<{width}}  {calls:>7,}  {time / 1000:>7,.1f} ms  {share:>5.1%}")
     return lines
 
 
