@@ -122,16 +122,14 @@ def train(
         precision.scaler.load_state_dict(state["scaler"])
         if total < start:
             raise MoaiError(f"{latest} has done {start} steps, so this run cannot end after {total}: make it longer")
-    yaml = recipes.dump(recipe)
+    profile, yaml = profile or ProfileOptions(), recipes.dump(recipe)
     if fresh:
         discard(out)
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "recipe.yaml", yaml)
     with (
         Monitor.for_run(recipe, model.config, precision, total, start, title=title, quiet=quiet) as monitor,
-        Profiler(
-            profile or ProfileOptions(), out, device, total - start, model, optimizer, monitor.note, monitor.log
-        ) as profiler,
+        Profiler(profile, out, device, total - start, model, optimizer, monitor.note, monitor.log) as profiler,
         _stop_signals() as stop,
     ):
         monitor.note(f"data, {recipe.data.packing}: {loader.packing.summary()}")

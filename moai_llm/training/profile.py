@@ -136,9 +136,8 @@ def operators(tracer: Any, device: torch.device) -> list[Operator]:
 def table(found: list[Operator]) -> list[str]:
     """The operators that took the most, as lines of text."""
     rest = found[ROWS:]
-    others = Operator(
-        f"{len(rest)} others", sum(o.calls for o in rest), sum(o.time for o in rest), sum(o.share for o in rest)
-    )
+    sums = sum(o.calls for o in rest), sum(o.time for o in rest), sum(o.share for o in rest)
+    others = Operator(f"{len(rest)} others", *sums)
     width = max(len(operator.name[:60]) for operator in [*found[:ROWS], others])
     lines = [f"{'operator':<{width}}  {'calls':>7}  {'time':>10}  share"]
     for name, calls, time, share in [*found[:ROWS], *[others] * bool(rest)]:
