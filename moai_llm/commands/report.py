@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from moai_llm.commands.tokenizer_report import short_names
 from moai_llm.runtime import MoaiError, make_console, write_atomically
 
 
@@ -31,7 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     paths = find_runs(arguments.runs)
     records = []
     with console.status("reading ...") as status:
-        for path, name in zip(paths, names(paths)):
+        for path, name in zip(paths, short_names([str(path) for path in paths])):
             status.update(f"reading {path} ...")
             records.append(read_run(path, name, digests=not arguments.no_digests))
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -43,13 +44,3 @@ def run(arguments: argparse.Namespace) -> None:
         table.add_row(found["run"], f"{found['steps']:,}", *shown)
     console.print(table)
     console.print(f"written to {out}", markup=False)
-
-
-def names(paths: list[Path]) -> list[str]:
-    """The last part of each path, with folders before it where that is not the only one."""
-    parts = [path.resolve().parts for path in paths]
-    for length in range(1, max(map(len, parts)) + 1):
-        found = ["/".join(part[-length:]).lstrip("/") for part in parts]
-        if len(set(found)) == len(found):
-            break
-    return found

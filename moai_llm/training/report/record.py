@@ -1,4 +1,4 @@
-"""What a run left in its folder, read as it is: a run that was killed, or whose files are partly gone, still reports."""
+"""What a run left in its folder, read as it is: one that was killed, or whose files are partly gone, still reports."""
 
 from __future__ import annotations
 
@@ -82,9 +82,8 @@ def find_runs(paths: Sequence[str]) -> list[Path]:
     found: list[Path] = []
     for given in paths:
         path = Path(given)
-        inside = (
-            [path] if (path / "metrics.jsonl").is_file() else sorted(f.parent for f in path.glob("*/metrics.jsonl"))
-        )
+        itself = (path / "metrics.jsonl").is_file()
+        inside = [path] if itself else sorted(file.parent for file in path.glob("*/metrics.jsonl"))
         if not inside:
             what = "no such folder" if not path.exists() else "no run in it (metrics.jsonl)"
             raise MoaiError(f"{given}: {what}; give the train.out of a run")
