@@ -74,7 +74,8 @@ def read(out: Path) -> dict[str, Any]:
 
 def command() -> list[str]:
     """The command line, the program by its name alone."""
-    return [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else []
+    name = Path(sys.argv[0]).name if sys.argv else ""
+    return ["moai" if name == "__main__.py" else name, *sys.argv[1:]]
 
 
 def commit(folder: Path) -> str | None:

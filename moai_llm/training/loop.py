@@ -123,6 +123,7 @@ def train(
         if total < start:
             raise MoaiError(f"{latest} has done {start} steps, so this run cannot end after {total}: make it longer")
     profile, yaml = profile or ProfileOptions(), recipes.dump(recipe)
+    profile.check(total - start)
     if fresh:
         discard(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -148,7 +149,7 @@ def train(
             _require_finite(result, step, checkpoints)
             targets_seen, load, done = targets_seen + result.targets, result.expert_load, step + 1
             since += batch["input_ids"].numel()
-            profiler.step(done)
+            clock += profiler.step(done)
             stopping = stop.is_set()  # asked once a step: a signal that comes later is seen after the next one
             last = done == total or stopping
             if done % recipe.log.every == 0 or last or done == 1:

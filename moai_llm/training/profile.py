@@ -6,6 +6,8 @@ after the loop the profiler has moved on to the next, empty, cycle.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +35,10 @@ class ProfileOptions:
     memory: bool = False
     interval: int = 100  # steps between two reports of memory
 
-    def __bool__(self) -> bool:
-        return self.time or self.memory
+    def check(self, left: int) -> None:
+        """Raises `MoaiError` where a run has too few steps left to be traced."""
+        if self.time and left <= WARMUP:
+            raise MoaiError(f"--profile needs at least {WARMUP + 1} steps to look at, and this run has {left} left")
 
 
 class Operator(NamedTuple):
@@ -54,21 +58,17 @@ class Profiler:
         out: the run directory: profile.txt and memory_snapshot.pickle go there.
         left: steps this session will take.
         say: shows lines to who watches. log: writes numbers of a step.
-
-    Raises:
-        MoaiError: the run is too short to be traced.
     """
 
     def __init__(
         self, options: ProfileOptions, out: Path, device: torch.device, left: int, model: nn.Module,
         optimizer: torch.optim.Optimizer, say: Callable[[str], None], log: Callable[..., None],
     ) -> None:  # fmt: skip
-        if options.time and left <= WARMUP:
-            raise MoaiError(f"--profile needs at least {WARMUP + 1} steps to look at, and this run has {left} left")
         self._options, self._out, self._device, self._say, self._log = options, out, device, say, log
         self._model, self._optimizer = model, optimizer
         self._tracer: Any = None
         if options.time:
+            os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the tracer writes its own lines between ours
             activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
             skipped = min(SKIPPED, max(0, left - WARMUP - ACTIVE))
             active = min(ACTIVE, left - skipped - WARMUP)
@@ -77,12 +77,14 @@ class Profiler:
                 on_trace_ready=self._traced, record_shapes=False, acc_events=True,
             )  # fmt: skip
 
-    def step(self, done: int) -> None:
-        """After step `done` of the run."""
+    def step(self, done: int) -> float:
+        """After step `done` of the run. Returns the seconds it took, which are not the training's."""
+        began = time.perf_counter()
         if self._tracer is not None:
             self._tracer.step()
         if self._options.memory and done % self._options.interval == 0:
             self._report_memory(done)
+        return time.perf_counter() - began
 
     def __enter__(self) -> Profiler:
         if self._tracer is not None:
@@ -127,9 +129,9 @@ def operators(tracer: Any, device: torch.device) -> list[Operator]:
         for event in tracer.key_averages()
         if not event.key.startswith("ProfilerStep")
     ]
-    whole = sum(time for _, _, time in found) or 1.0
+    whole = sum(spent for _, _, spent in found) or 1.0
     return sorted(
-        (Operator(name, calls, time, time / whole) for name, calls, time in found), key=lambda o: o.time, reverse=True
+        (Operator(name, calls, spent, spent / whole) for name, calls, spent in found), key=lambda o: o.time, reverse=True
     )
 
 
@@ -140,8 +142,8 @@ def table(found: list[Operator]) -> list[str]:
     others = Operator(f"{len(rest)} others", *sums)
     width = max(len(operator.name[:60]) for operator in [*found[:ROWS], others])
     lines = [f"{'operator':<{width}}  {'calls':>7}  {'time':>10}  share"]
-    for name, calls, time, share in [*found[:ROWS], *[others] * bool(rest)]:
-        lines.append(f"{name[:60]:<{width}}  {calls:>7,}  {time / 1000:>7,.1f} ms  {share:>5.1%}")
+    for name, calls, spent, share in [*found[:ROWS], *[others] * bool(rest)]:
+        lines.append(f"{name[:60]:<{width}}  {calls:>7,}  {spent / 1000:>7,.1f} ms  {share:>5.1%}")
     return lines
 
 

@@ -60,9 +60,10 @@ def plot(chart: Chart, runs: Sequence[Record], *, log_x: bool = False) -> str:
         return ""
     low, high = min(y for _, y in inside), max(y for _, y in inside)
     last = max(x for x, _ in inside)
-    steps = powers(1, max(last, 2)) if log_x else ticks(0, max(last, 1))
-    if log_x:  # the last power may lie far behind the last step
-        steps = [*(mark for mark in steps if mark[0] < 0.7 * last), (last, short(last))]
+    last = max(last, 2.0)
+    marks = powers(1, last) if log_x else ticks(0, last)
+    # the scale ends at the last step, which a round number may lie far behind
+    steps = [*(mark for mark in marks if mark[0] < (0.6 if log_x else 0.88) * last), (last, short(last))]
     log_y = low > 0 and high > APART * low and chart.key in ("grad_norm", "expert_cv")
     if chart.key == "mfu":
         scale = percents(round_up(high))

@@ -113,7 +113,7 @@ def _losses(runs: Sequence[Record]) -> Iterator[str]:
     yield (
         '<div class="views"><input type="radio" name="x" id="x-linear" checked><label for="x-linear">steps</label>'
         '<input type="radio" name="x" id="x-log"><label for="x-log">logarithm of steps</label>'
-        '<input type="checkbox" id="raw" checked><label for="raw">every row</label><div class="grid wide">'
+        '<input type="checkbox" id="raw" checked><label for="raw">every row</label><div class="grid plots">'
     )
     for chart, linear, log in plots:
         if linear:
@@ -124,7 +124,7 @@ def _losses(runs: Sequence[Record]) -> Iterator[str]:
 
 def _others(runs: Sequence[Record]) -> Iterator[str]:
     yield "<h2>Learning rate, gradients, speed and memory</h2>"
-    yield '<div class="grid">'
+    yield '<div class="grid plots">'
     for chart in charts.OTHERS:
         svg = charts.plot(chart, runs)
         if svg:
@@ -158,8 +158,8 @@ def _samples(runs: Sequence[Record]) -> Iterator[str]:
     for run in runs:
         if run.samples:
             moments = charts.some(run.samples, SAMPLES)
-            rows = [(f"step {step:,}", ["".join(map(_said, texts))]) for step, texts in moments]
-            yield framed(f"Samples of {run.name}", *plain_table(["", "continuation"], rows))
+            rows = [(f"{step:,}", ["".join(map(_said, texts))]) for step, texts in moments]
+            yield framed(f"Samples of {run.name}", *plain_table(["step", "continuation"], rows))
 
 
 def _said(text: str) -> str:
