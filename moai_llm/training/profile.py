@@ -131,7 +131,9 @@ def operators(tracer: Any, device: torch.device) -> list[Operator]:
     ]
     whole = sum(spent for _, _, spent in found) or 1.0
     return sorted(
-        (Operator(name, calls, spent, spent / whole) for name, calls, spent in found), key=lambda o: o.time, reverse=True
+        (Operator(name, calls, spent, spent / whole) for name, calls, spent in found),
+        key=lambda o: o.time,
+        reverse=True,
     )
 
 
