@@ -38,7 +38,8 @@ def test_rows_and_their_table(tmp_path: Path) -> None:
     events = Events(tmp_path)
     for step in range(1, 6):
         events.write({"step": step, "loss": 6.0 - step, "expert_load": [[0.5, 0.5]]})
-    (tmp_path / "metrics.jsonl").open("a").write('{"step": 6, "lo')  # killed in the middle of a row
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # killed in the middle of a row
     rows = read_metrics(tmp_path / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     again = Events(tmp_path, start=3)  # resumed at step 3
@@ -142,7 +143,7 @@ def test_windows_and_experts_take_less_work() -> None:
     window = {"layer_types": ["sliding_attention"], "sliding_window": 128}
     assert of("moai-3b-tiny", **window) < of("moai-3b-tiny")
     assert of("blues-01-tiny", num_experts=16) == pytest.approx(of("blues-01-tiny", num_experts=8), rel=0.02)
-    assert of("blues-01-tiny", num_experts_per_tok=4) > 1.05 * of("blues-01-tiny")
+    assert of("blues-01-tiny", num_experts_per_tok=4) > 1.02 * of("blues-01-tiny")
 
 
 # ---------------------------------------------------------------- trackers
@@ -302,8 +303,9 @@ def test_the_commit_is_that_of_the_package(tmp_path: Path) -> None:
 
 
 def test_a_trace_is_not_empty(make_recipe: MakeRecipe, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = train(make_recipe("train.steps=8", out="plain"), quiet=True)
-    recipe = make_recipe("train.steps=8", out="traced")
+    short = {"name": "moai-3b-tiny"}
+    plain = train(make_recipe("train.steps=8", out="plain", **short), quiet=True)
+    recipe = make_recipe("train.steps=8", out="traced", **short)
     traced = train(recipe, profile=ProfileOptions(time=True, trace=tmp_path / "deep" / "timeline.json"))
     assert (traced / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
     events = json.loads((tmp_path / "deep" / "timeline.json").read_text())["traceEvents"]
@@ -313,7 +315,12 @@ def test_a_trace_is_not_empty(make_recipe: MakeRecipe, tmp_path: Path, capsys: p
     assert "operator" in said and "aten::mm" in said and "timeline in" in said
     assert "aten::mm" in (Path(recipe.train.out) / "profile.txt").read_text()
     with pytest.raises(MoaiError, match="--profile needs at least 2 steps to look at, and this run has 1 left"):
-        train(make_recipe("train.steps=9", out="traced"), resume=True, profile=ProfileOptions(time=True), quiet=True)
+        train(
+            make_recipe("train.steps=9", out="traced", **short),
+            resume=True,
+            profile=ProfileOptions(time=True),
+            quiet=True,
+        )
 
 
 def test_the_shares_of_a_table_add_up() -> None:
@@ -336,6 +343,4 @@ def test_memory_by_kind(make_recipe: MakeRecipe, capsys: pytest.CaptureFixture[s
         assert row["memory_weights_mb"] == pytest.approx(size, abs=0.2)
         assert row["memory_optimizer_mb"] == pytest.approx(2 * size, abs=0.4)  # the two averages of AdamW
         assert row["memory_peak_mb"] >= row["memory_process_mb"] * 0.9 > 50
-    assert not [
-        row for row in read_metrics(Path(recipe.train.out) / "metrics.jsonl") if "loss" in row and row["step"] == 2
-    ]
+    assert not [row for row in found if "loss" in row]
