@@ -6,7 +6,6 @@ after the loop the profiler has moved on to the next, empty, cycle.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,7 +67,6 @@ class Profiler:
         self._model, self._optimizer = model, optimizer
         self._tracer: Any = None
         if options.time:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the tracer writes its own lines between ours
             activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device.type == "cuda")]
             skipped = min(SKIPPED, max(0, left - WARMUP - ACTIVE))
             active = min(ACTIVE, left - skipped - WARMUP)
@@ -130,11 +128,8 @@ def operators(tracer: Any, device: torch.device) -> list[Operator]:
         if not event.key.startswith("ProfilerStep")
     ]
     whole = sum(spent for _, _, spent in found) or 1.0
-    return sorted(
-        (Operator(name, calls, spent, spent / whole) for name, calls, spent in found),
-        key=lambda o: o.time,
-        reverse=True,
-    )
+    each = (Operator(name, calls, spent, spent / whole) for name, calls, spent in found)
+    return sorted(each, key=lambda operator: operator.time, reverse=True)
 
 
 def table(found: list[Operator]) -> list[str]:
@@ -143,9 +138,9 @@ def table(found: list[Operator]) -> list[str]:
     sums = sum(o.calls for o in rest), sum(o.time for o in rest), sum(o.share for o in rest)
     others = Operator(f"{len(rest)} others", *sums)
     width = max(len(operator.name[:60]) for operator in [*found[:ROWS], others])
-    lines = [f"{'operator':<{width}}  {'calls':>7}  {'time':>10}  share"]
+    lines = [f"{'operator':<{width}}  {'calls':>7}  {'time':>10}   share"]
     for name, calls, spent, share in [*found[:ROWS], *[others] * bool(rest)]:
-        lines.append(f"{name[:60]:<{width}}  {calls:>7,}  {spent / 1000:>7,.1f} ms  {share:>5.1%}")
+        lines.append(f"{name[:60]:<{width}}  {calls:>7,}  {spent / 1000:>7,.1f} ms  {share:>6.1%}")
     return lines
 
 

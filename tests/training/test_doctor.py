@@ -204,7 +204,7 @@ def test_losses_of_a_run() -> None:
     assert history.losses([]).verdict == "warn"
     spiked = [loss + 3.0 * (i in (40, 41)) for i, loss in enumerate(falling)]
     found = history.losses(rows(spiked))
-    assert found.verdict == "warn" and found.numbers["spikes"] == [41] and "1 spike, the largest 2.4" in found.seen
+    assert found.verdict == "warn" and found.numbers["spikes"] == [41] and "a spike 2.4" in found.seen
     found = history.losses(rows([*falling[:30], float("nan"), *falling[31:]]))
     assert found.verdict == "fail" and "step 31" in found.seen and "optim.lr" in found.advice
     assert "does not fall" in history.losses(rows(falling[::-1])).seen

@@ -38,9 +38,8 @@ def losses(rows: Rows) -> Finding:
     if spikes:
         step, height = max(spikes, key=lambda spike: spike[1])
         advice = "look at the data of that step; lower optim.lr or train.max_grad_norm if they come again"
-        seen += (
-            f"; {len(spikes)} spike{'s' * (len(spikes) > 1)}, the largest {height:.2f} above the usual at step {step}"
-        )
+        many = f"{len(spikes)} spikes, the largest" if len(spikes) > 1 else "a spike"
+        seen += f"; {many} {height:.2f} above the usual at step {step}"
         return Finding("loss", "warn", seen, advice, numbers)
     quarter = len(values) // 4
     if len(values) >= FEW and median(values[-quarter:]) >= median(values[:quarter]):
