@@ -156,10 +156,10 @@ def train(
                 now = time.perf_counter()
                 monitor.log(
                     done,
+                    load,
                     tokens=done * rows * recipe.data.seq_len,
                     lr=lr,
                     tokens_per_second=since / (now - clock),
-                    expert_load=load,
                     **_numbers(result),
                 )
                 clock, since = now, 0

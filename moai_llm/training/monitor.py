@@ -82,7 +82,7 @@ class Monitor:
             flops=flops_per_token(config, recipe.data.seq_len), peak=peak_flops(name, precision.name), device=device,
         )  # fmt: skip
 
-    def log(self, step: int, *, expert_load: Tensor | None = None, **numbers: Any) -> None:
+    def log(self, step: int, expert_load: Tensor | None = None, /, **numbers: Any) -> None:
         """Write the numbers of a step (1-based) and show the main ones.
 
         Args:

@@ -56,7 +56,7 @@ def test_maps_of_load_are_few(tmp_path: Path) -> None:
     total = 5 * LOADS
     with Monitor(tmp_path, total, quiet=True) as monitor:
         for step in range(1, total + 1):
-            monitor.log(step, loss=1.0, expert_load=load)
+            monitor.log(step, load, loss=1.0)
     rows = [row for row in read_metrics(tmp_path / "metrics.jsonl") if "expert_load" in row]
     assert LOADS <= len(rows) <= LOADS + 2
     assert rows[0]["step"] == 1 and rows[-1]["step"] == total and rows[0]["expert_load"] == [[0.75, 0.25]]

@@ -128,7 +128,8 @@ def extras() -> Finding:
         names = [n for n in metadata.metadata("moai-llm").get_all("Provides-Extra") or () if n not in DEVELOPERS]
     except metadata.PackageNotFoundError:
         return Finding("extras", "ok", "this package is not installed, only found on the path: extras are not known")
-    here, lacking = [], []
+    here: list[str] = []
+    lacking: list[str] = []
     for name in names:
         of_extra = [r for r in needed if r.marker and r.marker.evaluate({"extra": name}) and not _without(r)]
         (here if all(_there(r.name) for r in of_extra) else lacking).append(name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from moai_llm.pages.plots import Line, heat, lines, percents, powers, round_up, short, thin, ticks
 from moai_llm.training.report.record import Record, smooth
 
+T = TypeVar("T")
 MOST = 400  # points of a line on the page
 DOTS = 40  # of them that say their number
 MOMENTS = 36  # columns of a map of load
@@ -94,7 +95,7 @@ def _range(chart: Chart, low: float, high: float) -> tuple[float, float]:
     return (low, high) if "loss" in chart.key or chart.key == "bits_per_byte" else (min(0.0, low), high)
 
 
-def some(values: Sequence, most: int) -> list:  # type: ignore[type-arg]
+def some(values: Sequence[T], most: int) -> list[T]:
     """At most so many of them, evenly, with the first and the last."""
     if len(values) <= most:
         return list(values)
