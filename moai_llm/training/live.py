@@ -123,7 +123,7 @@ def _numbers(row: dict[str, Any], evaluation: dict[str, Any]) -> RenderableType:
         f"eval at {evaluation.get('step')}": f"{evaluation['eval_loss']:.4f}" if "eval_loss" in evaluation else "",
         "bits per byte": f"{evaluation['bits_per_byte']:.4f}" if "bits_per_byte" in evaluation else "",
     }
-    text = Text()
+    text = Text(no_wrap=False, overflow="fold")  # on a narrow screen it takes two lines
     for name, value in shown.items():
         if value:
             text.append(f"{name} ", style="dim").append(f"{value}   ")

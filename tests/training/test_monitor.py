@@ -240,9 +240,9 @@ def test_a_tracker_that_does_not_begin(make_recipe: MakeRecipe, monkeypatch: pyt
 def test_the_trackers_themselves_offline(
     name: str, make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pytest.importorskip(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    pytest.importorskip(name)
     recipe = make_recipe(f"log.to=[{name}]", "train.steps=2")
     train(recipe, quiet=True)
     place = Path(recipe.train.out) / "wandb" if name == "wandb" else tmp_path / "trackio"
