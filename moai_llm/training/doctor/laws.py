@@ -165,7 +165,7 @@ def _gradient(model: Any, batches: Sequence[Batch]) -> Tensor:
 
     optimizer.register_step_pre_hook(keep)
     model.train()
-    precision = make_precision("fp32", trainable[0].device)
+    precision = make_precision("fp32", trainable[0].device, tf32=False)
     train_step(model, optimizer, precision, batches, lr=0.0, max_grad_norm=float("inf"))
     return found[0]
 
