@@ -23,6 +23,8 @@ COMMANDS = {
     "generate": ("moai_llm.commands.generate", "continue a prompt"),
     "chat": ("moai_llm.commands.chat", "talk to a model in the terminal"),
     "eval": ("moai_llm.commands.evaluate", "measure a model"),
+    "doctor": ("moai_llm.commands.doctor", "what is wrong with this machine, a model or a run, and what to do"),
+    "report": ("moai_llm.commands.report", "one page of plots from one or several training runs"),
     "ops": ("moai_llm.commands.ops", "which kernels run on this machine, and why"),
 }
 

@@ -85,6 +85,7 @@ ELSEWHERE = {
     "datasets": "data.train, a list of {store, weight}",
     "paths": "data.train, a list of {store, weight}",
     "weights": "data.train, a list of {store, weight}",
+    "report_to": "log.to",
 }
 
 
@@ -202,6 +203,10 @@ class EvalConfig:
 class LogConfig:
     #: steps between lines of metrics
     every: Count = 10
+    #: trackers that hear the numbers beside metrics.jsonl
+    to: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
+    #: the name of the project at wandb and trackio
+    project: str = "moai"
 
 
 @dataclass(kw_only=True)

@@ -104,9 +104,9 @@ def check(line: str | Sequence[str]) -> None:
         if not left.code:  # --help
             return
         raise ValueError(f"{shown}: {complaint.getvalue().strip()}") from None
-    if verb in ("train", "recipes"):
-        name = parsed.recipe if verb == "train" else parsed.name
-        if name is not None:
+    if verb in ("train", "recipes", "doctor"):
+        name = getattr(parsed, {"train": "recipe", "recipes": "name", "doctor": "target"}[verb])
+        if name is not None and (verb != "doctor" or parsed.overrides):  # what the doctor sees may be a folder
             _check_recipe(shown, name, parsed.overrides)
 
 

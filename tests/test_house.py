@@ -15,7 +15,7 @@ import moai_llm
 PACKAGE = Path(moai_llm.__file__).parent
 FLOORS = [
     ["runtime", "bounds"],
-    ["ops", "architecture", "mixture", "optimization"],
+    ["ops", "architecture", "mixture", "optimization", "pages"],
     ["config", "losses"],
     ["recipe", "tokenizer", "modeling"],
     ["data", "quantization"],
@@ -125,7 +125,9 @@ def test_start_up_imports_no_torch(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("verb", ["train", "data", "tokenizer", "generate", "chat", "eval", "quickstart", "ops"])
+@pytest.mark.parametrize(
+    "verb", ["train", "data", "tokenizer", "generate", "chat", "eval", "quickstart", "ops", "doctor", "report"]
+)
 def test_help_of_each_command_imports_no_torch(verb: str) -> None:
     code = f"""
 import sys

@@ -17,20 +17,14 @@ def run(arguments: argparse.Namespace) -> None:
     import torch
 
     from moai_llm.ops import native
-    from moai_llm.ops.dispatch import Unavailable, all_ops
+    from moai_llm.ops.choices import choices
     from moai_llm.runtime import pick_device
 
     device = pick_device(arguments.device)
     table = Table("op", "fp32", "bf16", "implementations", box=None, pad_edge=False)
-    for name, op in sorted(all_ops().items()):
-        states = []
-        for key, implementation in op.implementations.items():
-            try:
-                implementation.load()
-                states.append(key)
-            except Unavailable as reason:
-                states.append(f"{key} (no: {reason})")
-        table.add_row(name, op.pick(device.type), op.pick(device.type, torch.bfloat16), ", ".join(states))
+    for choice in choices(device):
+        states = [f"{k} (no: {choice.missing[k]})" if k in choice.missing else k for k in choice.implementations]
+        table.add_row(choice.op, choice.fp32, choice.bf16, ", ".join(states))
     make_console().print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     make_console().print(table)
     for source, path in native.loaded().items():

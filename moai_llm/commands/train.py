@@ -39,6 +39,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--find-lr", action="store_true", help="test learning rates for a few steps, print what they do, and stop"
     )
     parser.add_argument("--show", action="store_true", help="print the resolved recipe and stop")
+    parser.add_argument(
+        "--profile", action="store_true", help="trace a few steps and say which operators take the time"
+    )
+    parser.add_argument("--trace-export", metavar="FILE", help="with --profile: write the timeline there, as JSON")
+    parser.add_argument("--memory-profile", action="store_true", help="say now and then what takes the memory")
+    parser.add_argument(
+        "--report-interval", type=int, metavar="STEPS", help="with --memory-profile: how often (default 100)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -53,9 +61,11 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.show:
         print(recipes.dump(recipe), end="")
         return
+    _check_profiling(arguments)
     from moai_llm.data.shards import Store
     from moai_llm.inference.generate import resolve_model
     from moai_llm.training.loop import train
+    from moai_llm.training.profile import ProfileOptions
 
     if recipe.train.init_from and not (resume and not Path(recipe.train.init_from).exists()):
         recipe.train.init_from = str(resolve_model(recipe.train.init_from))
@@ -64,7 +74,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.find_lr:
         _find_lr(recipe, resume=resume is not None, fresh=arguments.fresh)
         return
-    trained = train(recipe, hooks=make_hooks(recipe), resume=resume is not None, fresh=arguments.fresh)
+    profile = ProfileOptions(
+        time=arguments.profile,
+        trace=Path(arguments.trace_export) if arguments.trace_export else None,
+        memory=arguments.memory_profile,
+        interval=arguments.report_interval or 100,
+    )
+    hooks = make_hooks(recipe)
+    trained = train(recipe, hooks=hooks, resume=resume is not None, fresh=arguments.fresh, profile=profile)
     if trained.finished:
         chats = Store(recipe.data.stores()[-1]).manifest.kind != "text"
         use = f"moai chat {recipe.train.out}" if chats else f"moai generate {recipe.train.out} --prompt TEXT"
@@ -93,6 +110,15 @@ def _find_lr(recipe: Recipe, *, resume: bool, fresh: bool) -> None:
         console.print(f"The loss did not fall at any of these rates: look at the data and at {file}")
     else:
         console.print(f"suggested: optim.lr={found.suggested:.1e}, the recipe has {recipe.optim.lr:.1e}. Steps: {file}")
+
+
+def _check_profiling(arguments: argparse.Namespace) -> None:
+    if arguments.trace_export and not arguments.profile:
+        raise MoaiError("--trace-export writes what --profile traces: pass both")
+    if arguments.report_interval is not None and not arguments.memory_profile:
+        raise MoaiError("--report-interval says how often --memory-profile reports: pass both")
+    if arguments.report_interval is not None and arguments.report_interval < 1:
+        raise MoaiError(f"--report-interval is a number of steps, at least 1, got {arguments.report_interval}")
 
 
 def make_hooks(recipe: Recipe) -> list[Hook]:

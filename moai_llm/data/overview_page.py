@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from html import escape
 
 from moai_llm.data.overview import RANKS, Lengths, Overview, Rows, Summary
-from moai_llm.tokenizer.report_frame import frame, framed, plain_table, side_by_side
-from moai_llm.tokenizer.report_plots import Bar, Line, bars, color, histogram, lines, round_up
+from moai_llm.pages.html import document, framed, plain_table, side_by_side
+from moai_llm.pages.plots import Bar, Line, bars, color, histogram, lines, percents, round_up
 
 
 def page(overview: Overview) -> str:
     """The whole page."""
-    return frame(f"Store {overview.path}", _sections(overview), overview.to_dict())
+    data = json.dumps(overview.to_dict(), ensure_ascii=False, allow_nan=False)
+    return document(f"Store {overview.path}", _sections(overview), data=data)
 
 
 def _sections(overview: Overview) -> Iterator[str]:
@@ -74,8 +76,8 @@ def _lengths(overview: Overview) -> Iterator[str]:
     end = max(most[-1], 2)
     step = max(1, -(-(len(most) - 1) // 5))
     ticks = [(float(2**i), _short(2**i)) for i in sorted({*range(0, len(most), step), 0, end.bit_length() - 1})]
-    yield lines("Tokens by length", series, x_label="tokens in a document", x_ticks=ticks, log_x=True, top=1.0,
-                mark=(float(overview.seq_len), "a row"))  # fmt: skip
+    yield lines("Tokens by length", series, x_label="tokens in a document", x_ticks=ticks, log_x=True,
+                y_ticks=percents(1.0), mark=(float(overview.seq_len), "a row"))  # fmt: skip
     if len(series) > 1:
         yield _legend([line.name for line in series])
     yield '</section><section class="card">'

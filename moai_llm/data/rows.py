@@ -142,8 +142,10 @@ def _copy(  # pragma: no cover - compiled
     tokens: Any, learn: Any, begin: Any, length: Any, row: Any, at: Any, number: Any,
     ids: Any, labels: Any, positions: Any, documents: Any,
 ) -> Any:  # fmt: skip
-    """Pieces from tokens[begin : begin + length] to columns `at` of their rows; an empty `learn` learns all. Returns the
-    largest id.
+    """Pieces from tokens[begin : begin + length] to columns `at` of their rows; an empty `learn` learns all.
+
+    Returns:
+        The largest id.
     """
     largest = np.int64(0)
     for p in range(len(begin)):

@@ -5,16 +5,19 @@ Its tables are those of the terminal, and the numbers of the JSON file lie in it
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from html import escape
+from pathlib import Path
 
+from moai_llm.pages.html import document, framed, legend, plain_table, side_by_side
+from moai_llm.pages.plots import Bar, Line, bars, color, histogram, lines, percents, round_up
 from moai_llm.tokenizer.counts import Row
 from moai_llm.tokenizer.pieces import Piece, shortened
 from moai_llm.tokenizer.report import Entry, Report, decimal, percent
-from moai_llm.tokenizer.report_frame import frame, framed, plain_table, side_by_side
-from moai_llm.tokenizer.report_plots import Bar, Line, bars, color, histogram, lines, round_up
 from moai_llm.tokenizer.report_table import NOTES, Sheet, amount, sheets
 
+STYLE = Path(__file__).with_name("report.css")
 ALL_BACK = '<b class="good">all</b>'
 TINTS = 4  # classes t0 .. t3, neighbouring tokens take turns
 LANGUAGES = ("ko", "en", "ja", "zh")  # labels that are language tags: how their text is to be read and drawn
@@ -22,7 +25,8 @@ LANGUAGES = ("ko", "en", "ja", "zh")  # labels that are language tags: how their
 
 def page(report: Report) -> str:
     """The whole page."""
-    return frame("Tokenizer report", _sections(report), report.to_dict())
+    data = json.dumps(report.to_dict(), ensure_ascii=False, allow_nan=False)
+    return document("Tokenizer report", _sections(report), style=STYLE.read_text(encoding="utf-8"), data=data)
 
 
 def _sections(report: Report) -> Iterator[str]:
@@ -151,8 +155,9 @@ def _vocabulary(report: Report) -> Iterator[str]:
     powers = [10**i for i in range(max(2, len(str(most)) + 1))]
     series = [Line(entry.name, entry.coverage) for entry in report.entries]
     ticks = [(float(power), f"{power:,}") for power in powers]
-    svg = lines("Coverage", series, x_label="most frequent ids", x_ticks=ticks, log_x=True, top=1.0)
-    yield f'<div class="grid wide"><section class="card">{svg}{_legend(report)}</section><section class="card">'
+    svg = lines("Coverage", series, x_label="most frequent ids", x_ticks=ticks, y_ticks=percents(1.0), log_x=True)
+    names_of_colors = legend([entry.name for entry in report.entries])
+    yield f'<div class="grid wide"><section class="card">{svg}{names_of_colors}</section><section class="card">'
     names = list(report.entries[0].ids_for_share)
     rows = [(entry.name, [*(f"{entry.ids_for_share.get(n, 0):,}" for n in names), f"{entry.total.ids_used:,}"])
             for entry in report.entries]  # fmt: skip
@@ -164,14 +169,6 @@ def _vocabulary(report: Report) -> Iterator[str]:
 def _shares(counts: Sequence[int]) -> list[float]:
     whole = max(1, sum(counts))
     return [count / whole for count in counts]
-
-
-def _legend(report: Report) -> str:
-    items = [
-        f'<li class="{color(i)}"><span class="swatch"></span>{escape(e.name)}</li>'
-        for i, e in enumerate(report.entries)
-    ]
-    return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def _samples(report: Report) -> Iterator[str]:

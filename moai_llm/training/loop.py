@@ -30,6 +30,7 @@ from moai_llm.training.health import Health, Verdict
 from moai_llm.training.monitor import Monitor
 from moai_llm.training.objective import NextToken, Objective, add_up, to_floats
 from moai_llm.training.precision import Precision
+from moai_llm.training.profile import ProfileOptions, Profiler
 from moai_llm.training.run import Run
 from moai_llm.training.schedules import learning_rate
 from moai_llm.training.watchdog import Watchdog
@@ -63,6 +64,7 @@ def train(
     fresh: bool = False,
     title: str = "train",
     quiet: bool = False,
+    profile: ProfileOptions | None = None,
 ) -> Trained:
     """Run a recipe to its end, or to the next step border after SIGTERM or SIGINT. SIGUSR1 saves and goes on.
 
@@ -70,6 +72,7 @@ def train(
         hooks: run every `eval.every` steps and at the end, after the checkpoint of that step; see `Hook`.
         resume: go on from the newest sound checkpoint of `train.out`, exactly where it stopped.
         fresh: delete the run in `train.out`, once everything else is known to be in order.
+        profile: say where time and memory go.
 
     Raises:
         MoaiError: the recipe lacks data or a length, the directory already holds a run, a checkpoint cannot be
@@ -77,10 +80,16 @@ def train(
     """
     if recipe.schedule.name == "plateau" and not hooks:
         raise MoaiError("schedule.name=plateau follows the evaluations and there are none: set data.valid")
-    run = Run.begin(recipe, resume=resume, fresh=fresh, quiet=quiet)
-    recipe = run.recipe
+    profile = profile or ProfileOptions()
+    run = Run.begin(recipe, resume=resume, fresh=fresh, quiet=quiet, profile=profile)
+    recipe, left = run.recipe, run.total - run.done
     with (
-        Monitor(run.out, run.total, run.done, title=title, quiet=quiet) as monitor,
+        Monitor.for_run(
+            recipe, run.model.config, run.precision, run.total, run.done, title=title, quiet=quiet
+        ) as monitor,
+        Profiler(
+            profile, run.out, run.precision.device, left, run.model, run.optimizer, monitor.note, monitor.log
+        ) as profiler,
         _signals() as signals,
         Watchdog(recipe.health.hang_seconds, run.out) as watchdog,
         run,
@@ -112,6 +121,7 @@ def train(
                 continue
             run.count(result.targets, result.expert_load if result.verdict.action == "take" else None)
             since += batch["input_ids"].numel()
+            clock += profiler.step(run.done)
             stopping, saving = signals.stop.is_set(), signals.save.is_set()  # asked once a step
             signals.save.clear()
             last = run.done == run.total or stopping
@@ -119,6 +129,7 @@ def train(
                 now = time.perf_counter()
                 monitor.log(
                     run.done,
+                    run.router_load,
                     tokens=run.done * run.rows * recipe.data.seq_len,
                     lr=lr,
                     tokens_per_second=since / (now - clock),

@@ -1,29 +1,33 @@
-"""What a run tells: metrics.jsonl (every number), training_log.csv (the same for a spreadsheet), a live line on a
-terminal.
+"""What a run tells while it goes: its numbers to the files and trackers, and to who watches.
 
-Off a terminal the live line becomes plain lines, one per log step. On resume both files are cut back to the resumed
-step, so no step is written twice.
+On a terminal one live panel; off a terminal plain lines, one per log step.
 """
 
 from __future__ import annotations
 
-import csv
-import json
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, track
+from rich.live import Live
+from rich.progress import track
+from torch import Tensor
+
+from moai_llm.config import MoaiConfig
+from moai_llm.recipe import Recipe
+from moai_llm.training import environment
+from moai_llm.training.events import Events
+from moai_llm.training.flops import flops_per_token, peak_flops
+from moai_llm.training.live import LiveView, duration
+from moai_llm.training.precision import Precision
+from moai_llm.training.sinks import Sinks
 
 T = TypeVar("T")
-
-CSV_COLUMNS = (
-    "step", "tokens", "loss", "lr", "grad_norm", "clip", "tokens_per_second", "aux_loss", "expert_cv", "eval_loss",
-    "bits_per_byte", "kl", "reward_margin", "reward_accuracy", "eval_reward_margin", "eval_reward_accuracy",
-)  # fmt: skip
+LOADS = 200  # maps of the experts' load that a run keeps, spread over its steps: each may be thousands of numbers
 
 
 class Monitor:
@@ -33,54 +37,84 @@ class Monitor:
         out: the run directory.
         total: steps of the whole run. start: steps already done.
         quiet: write the files and show nothing.
+        sinks: trackers that hear the numbers too.
+        flops: of a step per token. peak: what the device could do in a second; both known, rows have `mfu`.
+        device: whose memory is told.
     """
 
-    def __init__(self, out: Path, total: int, start: int = 0, *, title: str = "train", quiet: bool = False) -> None:
-        self.total, self.start, self.title = total, start, title
-        self.console = Console(quiet=quiet, stderr=False, highlight=False, soft_wrap=True)
+    def __init__(
+        self,
+        out: Path,
+        total: int,
+        start: int = 0,
+        *,
+        title: str = "train",
+        quiet: bool = False,
+        sinks: Sinks | None = None,
+        flops: float | None = None,
+        peak: float | None = None,
+        device: torch.device | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.total, self.title = total, title
+        self.console = console or Console(quiet=quiet, stderr=False, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not quiet
-        out.mkdir(parents=True, exist_ok=True)
-        self._jsonl, self._csv = out / "metrics.jsonl", out / "training_log.csv"
-        self._cut_back()
-        self._began = time.perf_counter()
-        self._progress = Progress(
-            TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"),
-            TextColumn("{task.fields[numbers]}"), console=self.console, transient=False,
+        self._events, self._sinks = Events(out, start), sinks
+        self._flops, self._peak, self._device = flops, peak, device or torch.device("cpu")
+        self._every_load, self._last_load = max(1, total // LOADS), start
+        self.view = LiveView(title, total, start)
+        self._display = Live(self.view, console=self.console, refresh_per_second=4, transient=False)
+
+    @classmethod
+    def for_run(
+        cls,
+        recipe: Recipe,
+        config: MoaiConfig,
+        precision: Precision,
+        total: int,
+        start: int,
+        *,
+        title: str,
+        quiet: bool,
+    ) -> Monitor:
+        """The monitor of a training run; notes in RUN/environment.json what it runs on."""
+        out, device = Path(recipe.train.out), precision.device
+        run_id = environment.record(out, device, start)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+        return cls(
+            out, total, start, title=title, quiet=quiet, sinks=Sinks(recipe, run_id, start),
+            flops=flops_per_token(config, recipe.data.seq_len), peak=peak_flops(name, precision.name), device=device,
         )  # fmt: skip
-        self._task = self._progress.add_task(title, total=total, completed=start, numbers="")
 
-    def _cut_back(self) -> None:
-        """Keep what was written up to the resumed step."""
-        kept = [row for row in read_metrics(self._jsonl) if row["step"] <= self.start] if self.start else []
-        self._jsonl.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        with self._csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(kept)
+    def log(self, step: int, expert_load: Tensor | None = None, /, **numbers: Any) -> None:
+        """Write the numbers of a step (1-based) and show the main ones.
 
-    def log(self, step: int, **numbers: Any) -> None:
-        """Write the numbers of a step (1-based) and show the main ones."""
+        Args:
+            expert_load: (sparse layers, E) share of all selections; a row has it now and then.
+        """
         row = {"step": step, **numbers}
-        with self._jsonl.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        with self._csv.open("a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, CSV_COLUMNS, extrasaction="ignore").writerow(row)
-        text = self._summary(step, row)
-        if self.live:
-            self._progress.update(self._task, completed=step, numbers=text)
-        elif "loss" in row:
-            self.console.print(f"{self.title} {step}/{self.total}  {text}")
+        load = [] if expert_load is None else [[round(x, 5) for x in layer] for layer in expert_load.tolist()]
+        if "tokens_per_second" in row:
+            if self._flops and self._peak:
+                row["mfu"] = row["tokens_per_second"] * self._flops / self._peak
+            row["memory_mb"] = round(self._memory() / 1e6, 1)
+        if load and (step // self._every_load > self._last_load // self._every_load or step in (1, self.total)):
+            row["expert_load"], self._last_load = load, step
+        self._events.write(row)
+        if self._sinks is not None:
+            self._sinks.log(step, numbers | {name: row[name] for name in ("mfu", "memory_mb") if name in row})
+        self.view.update(step, row, load)
+        if not self.live and "loss" in row:
+            self.console.print(f"{self.title} {step}/{self.total}  {self._summary(row)}")
 
     def advance(self, step: int) -> None:
         """Move the bar without new numbers."""
-        if self.live:
-            self._progress.update(self._task, completed=step)
+        self.view.advance(step)
 
     def rewind(self, step: int, text: str) -> None:
         """The run went back to `step`: forget what was written of later steps, and say why in a line that stays."""
-        self.start = step
-        self._cut_back()
-        self._began = time.perf_counter()
+        self._events.rewind(step)
+        self._last_load = min(self._last_load, step)
         self.log(step, event=text)
         self.advance(step)
         self.note(text)
@@ -89,10 +123,14 @@ class Monitor:
         """A line that stays: an evaluation, a sample, a checkpoint."""
         self.console.print(text, markup=False)
 
-    def _summary(self, step: int, row: dict[str, Any]) -> str:
-        parts = []
-        if "loss" in row:
-            parts.append(f"loss {row['loss']:.3f}")
+    def _memory(self) -> int:
+        """The most bytes tensors took on a GPU, else what the process holds now."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device)
+        return environment.resident_bytes()
+
+    def _summary(self, row: dict[str, Any]) -> str:
+        parts = [f"loss {row['loss']:.3f}"]
         if "reward_accuracy" in row:
             parts.append(f"accuracy {row['reward_accuracy']:.0%}")
         if "kl" in row:
@@ -101,22 +139,25 @@ class Monitor:
             parts.append(f"lr {row['lr']:.1e}")
         if "tokens_per_second" in row:
             parts.append(f"{row['tokens_per_second']:,.0f} tok/s")
-        done = step - self.start
-        if done > 0 and step < self.total:
-            left = (time.perf_counter() - self._began) / done * (self.total - step)
-            parts.append(f"eta {duration(left)}")
+        if "mfu" in row:
+            parts.append(f"mfu {row['mfu']:.1%}")
+        eta = self.view.eta()
+        if eta is not None:
+            parts.append(f"eta {duration(eta)}")
         return "  ".join(parts)
 
     def __enter__(self) -> Monitor:
         if self.live:
-            self._progress.start()
+            self._display.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.live:
-            self._progress.stop()
+            self._display.stop()
+        if self._sinks is not None:
+            self._sinks.close()
 
 
 def follow(items: Iterable[T], total: int, title: str, *, quiet: bool = False) -> Iterator[T]:
@@ -132,23 +173,3 @@ def follow(items: Iterable[T], total: int, title: str, *, quiet: bool = False) -
         if now - said > 10 and done < total:
             console.print(f"{title} {done}/{total}  eta {duration((now - began) / done * (total - done))}")
             said = now
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a metrics.jsonl; a last line cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def duration(seconds: float) -> str:
-    """75 -> "1:15", 4000 -> "1:06:40"."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

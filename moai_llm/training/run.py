@@ -30,6 +30,8 @@ from moai_llm.training.lr_guide import advice, kind_of_run
 from moai_llm.training.objective import Objective
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import Precision, make_precision
+from moai_llm.training.profile import ProfileOptions
+from moai_llm.training.sinks import require_sinks
 from moai_llm.training.start import discard, find_start, total_steps, with_model_of
 
 logger = logging.getLogger("moai_llm")
@@ -76,8 +78,11 @@ class Run:
     _batches: Ahead | None = field(default=None, repr=False)
 
     @classmethod
-    def begin(cls, recipe: Recipe, *, resume: bool, fresh: bool, quiet: bool = False) -> Run:
+    def begin(
+        cls, recipe: Recipe, *, resume: bool, fresh: bool, quiet: bool = False, profile: ProfileOptions | None = None
+    ) -> Run:
         """Set up a run in `train.out`; see `loop.train`. Nothing is written before all else is known to be in order."""
+        require_sinks(recipe)
         saving, out = recipe.checkpoint, Path(recipe.train.out)
         checkpoints = Checkpoints(
             out / "checkpoints", saving.keep_last, saving.permanent_every, asynchronous=saving.asynchronous
@@ -110,6 +115,8 @@ class Run:
             run.notes.append(f"resumed from {latest}")
         if run.total != (planned := total_steps(begun, loader, rows)):
             run.notes.append(f"continues to {run.total} steps, was {planned}")
+        if profile is not None:
+            profile.check(run.total - run.done)
         if fresh:
             discard(out)
         out.mkdir(parents=True, exist_ok=True)

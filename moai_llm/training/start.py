@@ -19,7 +19,8 @@ from moai_llm.training.checkpoint import Checkpoints
 RESUMABLE = ("description", "log", "eval", "checkpoint", "health")  # sections that may change when a run is resumed
 # what a run leaves
 WRITTEN = (
-    "recipe.yaml", "metrics.jsonl", "training_log.csv", "samples.txt", "rollbacks.json", "hang.txt", "checkpoints",
+    "recipe.yaml", "environment.json", "metrics.jsonl", "training_log.csv", "samples.txt", "rollbacks.json", "hang.txt",
+    "checkpoints", "tensorboard", "wandb", "profile.txt", "memory_snapshot.pickle",
 )  # fmt: skip
 LR_TEST = "lr_finder.csv"  # what `moai train ... --find-lr` leaves in the directory of a run that may not have begun
 

@@ -21,8 +21,8 @@ from moai_llm.data.shards import Store
 from moai_llm.recipe import PackingName
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
+from tests.browser import MEASURE, Page, measured, outside
 from tests.data.stores import some_documents, write_store
-from tests.tokenizer.test_report_page import Page, outside, seen_in_browser
 
 NAMES = ("text", "chat", "mix", "pairs")
 SEQ_LEN = 32
@@ -122,5 +122,5 @@ def test_the_bars_are_as_high_as_their_numbers(stores: dict[str, Store]) -> None
 
 
 def test_the_page_fits_on_a_phone(stores: dict[str, Store], tmp_path: Path) -> None:
-    seen = seen_in_browser(page(look(stores["mix"], SEQ_LEN, "best-fit", every=True)), tmp_path, 360)
+    seen = measured(page(look(stores["mix"], SEQ_LEN, "best-fit", every=True)), tmp_path, 360, MEASURE)
     assert seen["wide"] <= 360 and seen["plots"] == 5 and seen["smallest"] > 10

@@ -5,9 +5,6 @@ from __future__ import annotations
 import html
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -15,77 +12,11 @@ import pytest
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.report import Report, compare, decimal
 from moai_llm.tokenizer.report_page import page
+from tests.browser import MEASURE, Page, measured, outside
 from tests.tokenizer import foreign
 from tests.tokenizer.test_report import MIXED
 
 EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)>"
-VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}
-FETCHING = ("src", "href", "srcset", "action", "data", "poster", "xlink:href")
-FOREIGN = ("link", "iframe", "object", "embed", "base", "img")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-
-
-class Page(HTMLParser):
-    """Reads a page, sees to it that every element is closed where it should be, and keeps what the tests ask for."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(convert_charrefs=True)
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.ids: list[str] = []
-        self.tables: dict[str, list[list[str]]] = {}
-        self.data = self.words = ""
-        self._caption = self._cell = ""
-        self.feed(text)
-        self.close()
-        if self.open:
-            raise ValueError(f"never closed: {self.open}")
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        names = [name for name, _ in attrs]
-        if len(set(names)) != len(names):
-            raise ValueError(f"an attribute of {tag} is given twice")
-        self.tags.append((tag, dict(attrs)))
-        self.ids += [value for name, value in attrs if name == "id" and value]
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr":
-            self.tables.setdefault(self._caption, []).append([])
-        if tag in ("td", "th", "caption"):
-            self._cell = ""
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self.open or self.open.pop() != tag:
-            raise ValueError(f"</{tag}> closes nothing at {self.getpos()}")
-        if tag == "caption":
-            self._caption = self._cell
-        if tag in ("td", "th"):
-            self.tables[self._caption][-1].append(self._cell)
-
-    def handle_data(self, data: str) -> None:
-        self._cell += data
-        if self.open[-1:] == ["script"]:
-            self.data += data
-        elif self.open[-1:] != ["style"]:
-            self.words += data
-
-
-def outside(text: str) -> list[str]:
-    """What a page would fetch, or run."""
-    parsed = Page(text)
-    found = []
-    for tag, attributes in parsed.tags:
-        found += [f"{tag} {name}={value}" for name, value in attributes.items() if name in FETCHING or name[:2] == "on"]
-        if tag in FOREIGN or tag == "script" and attributes.get("type") != "application/json":
-            found.append(tag)
-    styles = "".join(re.findall(r"<style>(.*?)</style>", text, re.S))
-    styles += " ".join(str(attributes.get("style")) for _, attributes in parsed.tags)
-    return found + re.findall(r"url\(|@import|https?:|expression\(", styles)
 
 
 @pytest.fixture(scope="module")
@@ -184,31 +115,6 @@ def test_one_tokenizer_one_text(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("width", [360, 1280])
 def test_in_a_browser_nothing_is_wider_than_the_screen(text: str, tmp_path: Path, width: int) -> None:
-    seen = seen_in_browser(text, tmp_path, width)
+    seen = measured(text, tmp_path, width, MEASURE)
     assert seen["wide"] <= width and seen["plots"] > 10
     assert seen["smallest"] > 10  # pixels: the letters of a plot can be read
-
-
-def seen_in_browser(text: str, tmp_path: Path, width: int) -> dict[str, float]:
-    """The page in a frame of this width; a script that only this adds says how wide it became. Skips without a
-    browser.
-    """
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        pytest.skip(f"needs a browser: none of {', '.join(BROWSERS)} is on the path")
-    frame = tmp_path / "frame.html"
-    measure = """<script>onload = () => { const d = document.getElementById("f").contentDocument;
-        const fonts = [...d.querySelectorAll("svg text")].map(t => t.getBoundingClientRect().height);
-        document.title = JSON.stringify({wide: d.documentElement.scrollWidth, plots: d.querySelectorAll("svg").length,
-        smallest: Math.min(...fonts)}); }</script>"""
-    source = html.escape(text, quote=True)
-    frame.write_text(
-        f'<iframe id="f" width="{width}" height="800" style="border:0" srcdoc="{source}"></iframe>{measure}'
-    )
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-               "--virtual-time-budget=3000", "--dump-dom", frame.as_uri()]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        pytest.skip(f"{browser} does not start here: {done.stderr[-300:]}")
-    (title,) = re.findall(r"<title>(\{.*?\})</title>", done.stdout)
-    return dict(json.loads(html.unescape(title)))

@@ -24,7 +24,8 @@ from moai_llm.inference.generate import load_model
 from moai_llm.runtime import MoaiError
 from moai_llm.training import loop
 from moai_llm.training.checkpoint import STATE
-from moai_llm.training.monitor import duration, read_metrics
+from moai_llm.training.events import read_metrics
+from moai_llm.training.live import duration
 from tests.training.conftest import MakeRecipe, train
 
 
