@@ -187,36 +187,40 @@ class Architecture:
         `active` is what one token passes through: of the experts only num_experts_per_tok.
         """
         assert self.layer_types and self.mlp_layer_types, "call resolve() first"
-        h, norm = self.hidden_size, self.hidden_size * (2 if self.norm_type == "layer_norm" else 1)
-        expert = self._mlp_parameters(self.moe_intermediate_size or 0)
-        router = h * self.num_experts * (2 if self.router_noise else 1) + (self.num_experts if self.router_bias else 0)
-        mixers = {
-            "full_attention": self._attention_parameters(),
-            "sliding_attention": self._attention_parameters(),
-            "linear_attention": self._mamba_parameters(),
-        }
-        mlps = {
-            "dense": self._mlp_parameters(self.intermediate_size or 0),
-            "sparse": expert * self.num_experts + router,
-            "none": 0,
-        }
-        self._require_known("parameters", mixers, mlps)
+        h, of = self.hidden_size, self.brick_parameters()
+        self._require_known("parameters", of, of)
         positions = self.max_position_embeddings * h if self.position_embedding == "learned" else 0
         norms = self.num_hidden_layers + sum(kind != "none" for kind in self.mlp_layer_types) + 1
         parts = {
             "embedding": self.vocab_size * h + positions,
-            "token_mixers": sum(mixers[kind] for kind in self.layer_types),
-            "channel_mixers": sum(mlps[kind] for kind in self.mlp_layer_types),
-            "norms": norms * norm,
+            "token_mixers": sum(of[kind] for kind in self.layer_types),
+            "channel_mixers": sum(of[kind] for kind in self.mlp_layer_types),
+            "norms": norms * of["norm"],
             "head": 0 if self.tie_word_embeddings else self.vocab_size * h,
         }
         total = sum(parts.values())
-        idle = self.mlp_layer_types.count("sparse") * (self.num_experts - self.num_experts_per_tok) * expert
+        idle = self.mlp_layer_types.count("sparse") * (self.num_experts - self.num_experts_per_tok) * of["expert"]
         return {
             **parts,
             "total": total,
             "active": total - idle,
             "non_embedding": total - parts["embedding"] - parts["head"],
+        }
+
+    def brick_parameters(self) -> dict[str, int]:
+        """Parameters of one brick of each kind, of one expert, and of one norm of the residual stream."""
+        expert = self._mlp_parameters(self.moe_intermediate_size or 0)
+        scores = self.hidden_size * self.num_experts
+        router = scores * (2 if self.router_noise else 1) + (self.num_experts if self.router_bias else 0)
+        return {
+            "full_attention": self._attention_parameters(),
+            "sliding_attention": self._attention_parameters(),
+            "linear_attention": self._mamba_parameters(),
+            "dense": self._mlp_parameters(self.intermediate_size or 0),
+            "sparse": expert * self.num_experts + router,
+            "none": 0,
+            "expert": expert,
+            "norm": self.hidden_size * (2 if self.norm_type == "layer_norm" else 1),
         }
 
     def flops(self, seq_len: int, document_tokens: float | None = None) -> dict[str, float]:
