@@ -5,8 +5,8 @@ moai plan moai-mamba-2b --hardware RTX-4090 data.seq_len=1024
 moai plan moai-3b-tiny --calibrate
 moai plan --scenario basic
 
-Everything but --calibrate is arithmetic on the recipe. --calibrate runs 20 real steps on this machine and plans with the
-speed and the memory it saw.
+Everything but --calibrate is arithmetic on the recipe. --calibrate runs 20 real steps on this machine and plans with
+the speed and the memory it saw.
 """
 
 from __future__ import annotations
@@ -145,14 +145,15 @@ def _show(console: Console, name: str, plan: Plan) -> None:
 def _show_layouts(console: Console, plan: Plan) -> None:
     from rich.table import Table
 
-    table = Table("GiB a device", box=None, pad_edge=False)
+    unit, size = ("GiB", GIB) if max(fit.memory.total for fit in plan.fits) >= GIB / 10 else ("MiB", 2**20)
+    table = Table(f"{unit} a device", box=None, pad_edge=False)
     for title in ("weights", "grads", "optim", "activ", "loss", "peak", "rows x acc", ""):
         table.add_column(title, justify="right", no_wrap=True)
     for fit in plan.fits:
-        parts = [f"{getattr(fit.memory, part) / GIB:.2f}" for part in PARTS]
+        parts = [f"{getattr(fit.memory, part) / size:.2f}" for part in PARTS]
         verdict = "" if plan.hardware is None else "fits" if fit.fits else "too big"
         rows = f"{fit.micro_batch} x {fit.accumulation}"
-        table.add_row(fit.layout.name, *parts, f"{fit.memory.total / GIB:.2f}", rows, verdict)
+        table.add_row(fit.layout.name, *parts, f"{fit.memory.total / size:.2f}", rows, verdict)
     console.print(table)
 
 
@@ -180,7 +181,7 @@ def _show_time(console: Console, plan: Plan) -> None:
         console.print("time         how many tokens? Give --tokens, or set train.tokens")
         return
     if plan.seconds is None:
-        console.print("time         the peak of this device is not known: give --peak-tflops, or measure by --calibrate")
+        console.print("time         no peak is known for this device: give --peak-tflops, or measure by --calibrate")
         return
     hours = plan.seconds / 3600 * plan.hardware.count
     if plan.options.tokens_per_second is not None:
@@ -267,7 +268,10 @@ def _tokens(count: float) -> str:
 
 
 def _days(seconds: float) -> str:
-    return f"{seconds / DAY:.1f} days" if seconds >= DAY else f"{seconds / 3600:.1f} hours"
+    for unit, size in (("days", DAY), ("hours", 3600.0)):
+        if seconds >= size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.1f} minutes"
 
 
 def _gib(size: float) -> str:

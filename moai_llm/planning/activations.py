@@ -76,7 +76,7 @@ def attention(a: Architecture, s: Setting, window: int | None = None) -> Kept:
     if pieces:
         kept += c * q  # the joined pieces, which o_proj reads
     if not cuda and narrow and window is not None:
-        kept += c * min(2 * window - 1, s.seq_len)  # the mask of each block
+        kept += c * _block_masks(s.seq_len / s.documents, window)
     if cuda:
         kept += c * s.seq_len  # one device hands borders to torch as a mask, (rows, L, L)
     # the worst moment: gradients of q, k, v beside all that was kept, or the backward of the norm of q in fp32
@@ -85,6 +85,12 @@ def attention(a: Architecture, s: Setting, window: int | None = None) -> Kept:
     extra = max(flash, after_norm) + c * a.hidden_size
     matrices = a.hidden_size * (2 * q + 2 * k)
     return Kept(s.tokens * kept, *_casts(s, matrices), s.tokens * extra)
+
+
+def _block_masks(length: float, window: int) -> float:
+    """Mask entries a token of a document: each block of `window` queries but the first sees window - 1 keys more."""
+    blocks, left = divmod(max(0.0, length - window), window)
+    return (blocks * window * (2 * window - 1) + left * (left + window - 1)) / length
 
 
 def mamba(a: Architecture, s: Setting) -> Kept:
@@ -118,7 +124,8 @@ def sparse(a: Architecture, s: Setting) -> Kept:
     h, f, e, k, c = a.hidden_size, a.moe_intermediate_size, a.num_experts, a.num_experts_per_tok, s.size
     router = 4 * h + 8 * e + 8 * a.router_noise * e + 8 * k + (4 + 4 * k) * a.norm_topk_prob + 8
     order = 16 * k + 8 * k * a.mlp_bias
-    rows = k * (c * h + c * f * _widths(a) + c * h) + c * k  # gathered, inside, their results, the router's weights
+    inside = 4 if a.mlp_gated else _widths(a)  # what an activation read stays, as gate and up are one tensor
+    rows = k * (c * h + c * f * inside + c * h) + c * k  # gathered, inside, their results, the router's weights
     # gradients inside an expert, or of its results and, before they are summed, of the router's weights
     extra = k * c * max(f * (2 if a.mlp_gated else 1), 2 * h) + (c * h if s.half else 0)
     weights = e * (3 if a.mlp_gated else 2) * h * f

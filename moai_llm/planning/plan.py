@@ -122,8 +122,7 @@ def make_plan(recipe: Recipe, hardware: Hardware | None, options: Options) -> Pl
     except ValueError as error:
         raise MoaiError(f"this model cannot be planned: {error}") from None
     notes = list(_notes(recipe, hardware))
-    found = [_fit(recipe, hardware, layout, options) for layout in layouts(a, hardware.count if hardware else 1)]
-    fits = [fit for fit in found if fit is not None]
+    fits = _fits(recipe, hardware, options)
     per_token = 3 * flops["total"]
     tokens = options.tokens or _tokens(recipe)
     advice = [] if hardware is None or any(fit.fits for fit in fits) else list(_advice(recipe, hardware, options))
@@ -180,18 +179,38 @@ def _scaled(found: Memory, factor: float) -> Memory:
 
 
 def _advice(recipe: Recipe, hardware: Hardware, options: Options) -> Iterator[Advice]:
-    """What to change, one after the other and all together, until it fits."""
+    """What to change, one after the other and all together, until it fits; at the end more devices."""
     overrides: list[str] = []
-    changed = recipe
+    changed, limit = recipe, hardware.device.memory * GIB * (1 - options.reserve)
     for name, change in _changes(recipe):
-        changed, overrides = change(changed), [*overrides, name]
-        found = [_fit(changed, hardware, layout, options) for layout in layouts(changed.model, hardware.count)]
-        fits = [fit for fit in found if fit is not None]
+        shorter = name.startswith("data.seq_len")
+        if shorter and min(_states(fit.memory) for fit in _fits(changed, hardware, options)) > limit:
+            break  # no row is short enough
+        changed = change(changed)
+        overrides = [*(item for item in overrides if not (shorter and item.startswith("data.seq_len"))), name]
+        fits = _fits(changed, hardware, options)
         best = min(fits, key=lambda fit: (not fit.fits, 0 if fit.fits else fit.memory.total))
         yield Advice(tuple(overrides), best.layout.name, best.memory.total, best.fits)
         if best.fits:
             return
-        overrides = [item for item in overrides if not item.startswith("data.seq_len")]
+    for count in (2, 4, 8, 16, 32, 64):
+        if count > hardware.count:
+            more = replace(hardware, count=count)
+            fit = next((fit for fit in _fits(recipe, more, options) if fit.layout.zero == 3 and fit.fits), None)
+            if fit is not None:
+                yield Advice((f"--hardware {more}",), fit.layout.name, fit.memory.total, True)
+                return
+
+
+def _fits(recipe: Recipe, hardware: Hardware | None, options: Options) -> list[Fit]:
+    found = layouts(recipe.model, hardware.count if hardware else 1)
+    fits = [_fit(recipe, hardware, layout, options) for layout in found]
+    return [fit for fit in fits if fit is not None]
+
+
+def _states(found: Memory) -> float:
+    """What no shorter row makes smaller."""
+    return found.weights + found.gradients + found.optimizer
 
 
 def _changes(recipe: Recipe) -> Iterator[tuple[str, Any]]:
@@ -242,8 +261,11 @@ def _notes(recipe: Recipe, hardware: Hardware | None) -> Iterator[str]:
     if hardware and hardware.count > 1:
         yield "This version trains on one device: the other layouts are arithmetic, there is no launcher for them yet."
     if hardware and hardware.device.kind == "cuda" and not hardware.device.bf16:
-        yield f"{hardware.device.name} has no bf16: train with train.precision=fp16, whose peak is used here."
-    if not half_precision(recipe, hardware) and hardware and hardware.device.kind == "cuda":
+        yield (
+            f"{hardware.device.name} has no bf16, and train.precision=auto means fp32 there: set train.precision=fp16, "
+            "whose peak the days are reckoned with."
+        )
+    elif not half_precision(recipe, hardware) and hardware and hardware.device.kind == "cuda":
         yield "fp32 runs below the half-precision peak that the days are reckoned with: calibrate, or lower --mfu."
     if recipe.train.compile:
         yield "Memory is that of an uncompiled run; train.compile=true usually needs less."

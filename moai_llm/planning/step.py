@@ -102,7 +102,7 @@ def moments(step: Step) -> Iterator[Memory]:
         live -= step.norm.saved
         loss -= s.size * h * tokens
     stream = 4.0 * h * tokens  # the gradient of the residual stream
-    for layer, kept in zip(reversed(step.layers), reversed(held)):
+    for layer in reversed(step.layers):
         live += _recomputed(layer, step)
         for brick in reversed(layer):
             fresh = (2 if s.half else 0) * brick.largest + (4 * brick.largest if step.accumulates else 0)

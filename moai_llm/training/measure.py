@@ -3,14 +3,49 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
-# kineto reports its own start and stop on stderr
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+import torch
 
-import torch  # noqa: E402
+from moai_llm.config import MoaiConfig
+from moai_llm.data.loader import Batch
+from moai_llm.modeling.model import MoaiForCausalLM
+from moai_llm.recipe import Recipe
+from moai_llm.training.build import prepare_model
+from moai_llm.training.loop import train_step
+from moai_llm.training.optim import make_optimizer
+from moai_llm.training.precision import make_precision
 
-from moai_llm.data.loader import Batch  # noqa: E402
+
+class RealStep:
+    """The optimizer step of a recipe, on a model of its own or a given one, outside of any run."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, model: MoaiForCausalLM | None = None) -> None:
+        self.recipe, self.device = recipe, device
+        self.precision = make_precision(recipe.train.precision, device, recipe.train.tf32)
+        self.model = model or prepare_model(MoaiForCausalLM(MoaiConfig(**asdict(recipe.model))), recipe, device)
+        self.optimizer = make_optimizer(self.model, recipe.optim)
+
+    def run(self, batches: Sequence[Batch]) -> None:
+        run = self.recipe.train
+        train_step(
+            self.model, self.optimizer, self.precision, batches, lr=self.recipe.optim.lr,
+            max_grad_norm=run.max_grad_norm,
+        )  # fmt: skip
+
+    def peak_bytes(self, batches: Sequence[Batch]) -> int:
+        """The most bytes of a step that live at once, all that lives between steps included. The optimizer must have
+        made its states: run a step before.
+        """
+        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        lasting = [*self.model.parameters(), *self.model.buffers(), *states]
+        if self.device.type == "cpu":
+            lasting += [tensor for batch in batches for tensor in batch.values()]
+        held = sum(
+            tensor.numel() * tensor.element_size() for tensor in lasting if tensor.device.type == self.device.type
+        )
+        return held + peak_bytes(lambda: self.run(batches), self.device)
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
@@ -27,6 +62,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
         run()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start and stop on stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
