@@ -14,6 +14,7 @@ BENCHMARKS = {
     "scan": "selective scan against the loop, mambapy and transformers",
     "training_step": "a training step against transformers and litgpt",
     "linear_cross_entropy": "loss from hidden states against the plain loss: memory and time",
+    "memory": "memory of a training step: planned, held at once, resident",
     "packing": "attention over packed documents: split against mask",
     "data_packing": "documents into rows: how full, how even, how fast",
     "decode": "greedy decoding against transformers generate",

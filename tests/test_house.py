@@ -18,7 +18,7 @@ FLOORS = [
     ["ops", "architecture"],
     ["config", "losses"],
     ["recipe", "tokenizer", "modeling"],
-    ["data", "quantization"],
+    ["data", "quantization", "planning"],
     ["training", "inference"],
     ["evaluation"],
     ["commands", "cli"],
@@ -117,6 +117,7 @@ def test_public_names() -> None:
         "from moai_llm.cli import main; main(['--help'])",
         "from moai_llm.cli import main; main(['recipes'])",
         "from moai_llm.cli import main; main(['recipes', 'moai-3b'])",
+        "from moai_llm.cli import main; main(['plan', 'moai-3b', '--hardware', '8xA100-80GB'])",
     ],
 )
 def test_start_up_imports_no_torch(code: str) -> None:
@@ -125,7 +126,9 @@ def test_start_up_imports_no_torch(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("verb", ["train", "data", "tokenizer", "generate", "chat", "eval", "quickstart", "ops"])
+@pytest.mark.parametrize(
+    "verb", ["train", "data", "tokenizer", "generate", "chat", "eval", "quickstart", "ops", "plan"]
+)
 def test_help_of_each_command_imports_no_torch(verb: str) -> None:
     code = f"""
 import sys

@@ -105,7 +105,7 @@ def _calibrated(
 ) -> Plan:
     from moai_llm.training.calibrate import calibrate, planned_with
 
-    found = calibrate(recipe, options, steps=arguments.steps, quiet=arguments.json)
+    found = calibrate(recipe, hardware, options, steps=arguments.steps, quiet=arguments.json)
     hardware, options = planned_with(found, hardware, options)
     if not arguments.json:
         console.print(found.summary(), markup=False)
@@ -210,24 +210,25 @@ def _show_scenarios(console: Console, arguments: argparse.Namespace) -> None:
         return
     console.print(_scenario_table(SCENARIOS, recipe, options))
     console.print(
-        f"[dim]Days at {options.mfu:.0%} of the peak. MFU they need: share of the peak at which their days come true; "
-        "above 100% they cannot. Rate they imply: their dollars over their device-hours.[/dim]"
+        f"[dim]{recipe.model.parameters()['total']:,} parameters, days at {options.mfu:.0%} of the peak. Needs MFU: "
+        "the share of the peak at which the documents' days come true; above 100% they cannot.[/dim]"
     )
 
 
 def _scenario_table(scenarios: dict[str, Scenario], recipe: Recipe, options: Options) -> Any:
     from rich.table import Table
 
-    table = Table("recipe", "tokens on", "days", "theirs", "MFU they need", "cost", "theirs", box=None, pad_edge=False)
+    table = Table("tokens on", "days", "theirs", "needs MFU", "cost", "theirs", box=None, pad_edge=False)
+    if len(scenarios) > 1:
+        table = Table("recipe", *(column.header for column in table.columns), box=None, pad_edge=False)
     for name, scenario in scenarios.items():
-        tree = _scenario_tree(name, scenario, recipe, options)
-        for i, end in enumerate(tree["ends"]):
+        for i, end in enumerate(_scenario_tree(name, scenario, recipe, options)["ends"]):
             cost = "-" if end["cost"] is None else f"${end['cost']:,.0f}"
-            theirs = (f"{scenario.days[i]:g}", f"${scenario.cost[i]:,.0f}")
-            table.add_row(
-                name if not i else "", f"{_tokens(end['tokens'])} on {end['hardware']}", f"{end['days']:.1f}",
-                theirs[0], f"{end['needed_mfu']:.0%}", cost, theirs[1],
+            cells = (
+                f"{_tokens(end['tokens'])} on {end['hardware']}", f"{end['days']:.1f}", f"{scenario.days[i]:g}",
+                f"{end['needed_mfu']:.0%}", cost, f"${scenario.cost[i]:,.0f}",
             )  # fmt: skip
+            table.add_row(*cells if len(scenarios) == 1 else ("" if i else name, *cells))
     return table
 
 

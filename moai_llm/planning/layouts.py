@@ -81,7 +81,7 @@ def stage(recipe: Recipe, layout: Layout, s: Setting, accumulation: int, number:
     head = vocab * whole.hidden_size
     tied = whole.tie_word_embeddings and layout.pipeline == 1
     embeds_here = embeds if first else 0
-    head_here = head if last and not tied else 0
+    head_here = (head if last and not tied else 0) + (whole.brick_parameters()["norm"] if last else 0)
     matrices = sum(brick.parameters for layer in layers for brick in layer)
     total = matrices + embeds_here + head_here
     of_matrices, of_others = OPTIMIZER_BYTES[recipe.optim.name]

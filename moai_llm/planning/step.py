@@ -158,17 +158,20 @@ def loss_bytes(vocab_size: int, h: int, s: Setting) -> tuple[float, float]:
 
 def bricks(a: Architecture, s: Setting) -> list[list[Brick]]:
     """The layers of an architecture on one device."""
-    assert a.layer_types and a.mlp_layer_types and a.head_dim
-    h, layers = a.hidden_size, []
-    for mixer, mlp in zip(a.layer_types, a.mlp_layer_types):
-        if mixer not in TOKEN_MIXERS or mlp not in (*CHANNEL_MIXERS, "none"):
-            raise ValueError(f"the memory of {mixer!r} with {mlp!r} is not known here")
-        counts = a.brick_parameters()
-        inner = a.ssm_expand * h if mixer == "linear_attention" else a.num_attention_heads * a.head_dim
-        layer = [Brick(TOKEN_MIXERS[mixer](a, s), norm(a, s), counts[mixer] + counts["norm"], h * inner)]
-        if mlp != "none":
-            width = (a.intermediate_size or 0) if mlp == "dense" else a.num_experts * (a.moe_intermediate_size or 0)
-            largest = h * width * (2 if mlp == "sparse" and a.mlp_gated else 1)
-            layer.append(Brick(CHANNEL_MIXERS[mlp](a, s), norm(a, s), counts[mlp] + counts["norm"], largest))
-        layers.append(layer)
-    return layers
+    assert a.layer_types and a.mlp_layer_types
+    kinds = {pair: _layer(a, s, *pair) for pair in set(zip(a.layer_types, a.mlp_layer_types))}
+    return [kinds[pair] for pair in zip(a.layer_types, a.mlp_layer_types)]
+
+
+def _layer(a: Architecture, s: Setting, mixer: str, mlp: str) -> list[Brick]:
+    if mixer not in TOKEN_MIXERS or mlp not in (*CHANNEL_MIXERS, "none"):
+        raise ValueError(f"the activations of {mixer!r} with {mlp!r} are not known here")
+    assert a.head_dim
+    h, counts = a.hidden_size, a.brick_parameters()
+    inner = a.ssm_expand * h if mixer == "linear_attention" else a.num_attention_heads * a.head_dim
+    layer = [Brick(TOKEN_MIXERS[mixer](a, s), norm(a, s), counts[mixer] + counts["norm"], h * inner)]
+    if mlp != "none":
+        width = (a.intermediate_size or 0) if mlp == "dense" else a.num_experts * (a.moe_intermediate_size or 0)
+        largest = h * width * (2 if mlp == "sparse" and a.mlp_gated else 1)
+        layer.append(Brick(CHANNEL_MIXERS[mlp](a, s), norm(a, s), counts[mlp] + counts["norm"], largest))
+    return layer

@@ -64,18 +64,30 @@ class Calibration:
         )
         return (
             f"measured     {self.steps} steps of {self.micro_batch} rows on {self.device}, {self.data}: {speed}\n"
-            f"memory       {self.peak / GIB:.3f} GiB measured, {self.predicted / GIB:.3f} GiB predicted "
+            f"memory       {self.peak / 2**20:,.1f} MiB measured, {self.predicted / 2**20:,.1f} MiB predicted "
             f"({self.predicted / self.peak - 1:+.1%})\n"
         )
 
 
-def calibrate(recipe: Recipe, options: Options, *, steps: int = 20, quiet: bool = False) -> Calibration:
+def calibrate(
+    recipe: Recipe, hardware: Hardware | None, options: Options, *, steps: int = 20, quiet: bool = False
+) -> Calibration:
     """Run `steps` steps of the recipe, on its store or on random tokens, and one more to count its memory.
 
+    Args:
+        hardware: what the plan is for: devices like the one here, or None.
+
     Raises:
-        MoaiError: the device or the store is not there, or the device's memory does not hold the model.
+        MoaiError: the plan is for other devices than this one, the device or the store is not there, or the device's
+            memory does not hold the model.
     """
     device = pick_device(recipe.train.device)
+    here = _this_machine(device).device
+    if hardware is not None and hardware.device.name != here.name:
+        raise MoaiError(
+            f"--calibrate measures this machine's {here.name}, which says nothing about {hardware}: leave out "
+            "--hardware, or run it there"
+        )
     if device.type == "cpu":
         keep_freed_memory()
     seed_everything(recipe.train.seed)
@@ -90,18 +102,8 @@ def calibrate(recipe: Recipe, options: Options, *, steps: int = 20, quiet: bool 
 
 
 def planned_with(found: Calibration, hardware: Hardware | None, options: Options) -> tuple[Hardware, Options]:
-    """Hardware and options of the plan that a calibration corrects.
-
-    Raises:
-        MoaiError: a plan for other hardware than this machine's was asked for.
-    """
-    here = found.hardware
-    if hardware is not None and (here.device.tflops is None or hardware.device.name != here.device.name):
-        raise MoaiError(
-            f"--calibrate measures {found.device}, which says nothing about {hardware}: leave out --hardware, or run "
-            "it there"
-        )
-    return hardware or here, replace(
+    """Hardware and options of the plan that a calibration corrects."""
+    return hardware or found.hardware, replace(
         options, tokens_per_second=found.tokens_per_second, memory_factor=found.memory_factor,
         document_tokens=found.document_tokens,
     )  # fmt: skip
