@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from moai_llm import recipe as recipes
+from moai_llm.cli import main
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.planning.hardware import ACCELERATORS, GIB, find_device, parse_hardware
 from moai_llm.planning.inference import cache_bytes
@@ -17,7 +19,7 @@ from moai_llm.planning.plan import Options, make_plan, optimizer_names, setting
 from moai_llm.planning.scenarios import SCENARIOS
 from moai_llm.runtime import MoaiError
 from moai_llm.training.optim import make_optimizer
-from tests.conftest import tiny_model
+from tests.conftest import ROOT, tiny_model
 
 A100, EIGHT = parse_hardware("A100-80GB"), parse_hardware("8xA100-80GB")
 
@@ -251,3 +253,21 @@ def test_the_tree_is_json() -> None:
         sum(v for k, v in tree["recommended"]["bytes"].items() if k != "peak")
     )
     assert tree["flops"]["six_n"] == 6 * tree["parameters"]["active"]
+
+
+PAGE = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_hardware() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \| ([\d.]+) \| (\d+) \| (\d+) \| (bf16|fp16) \|$", PAGE, re.MULTILINE)
+    assert rows == [
+        (d.name, f"{d.tflops:g}", f"{d.memory:g}", f"{d.bandwidth:g}", "bf16" if d.bf16 else "fp16")
+        for d in ACCELERATORS.values()
+    ]
+
+
+@pytest.mark.parametrize("printed", re.findall(r"<!-- printed by: moai (.+) -->\n```text\n([^`]+)\n```", PAGE))
+def test_what_the_page_shows_is_what_is_printed(printed: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    command, shown = printed
+    main(command.split())
+    assert [line.rstrip() for line in capsys.readouterr().out.strip().splitlines()] == shown.splitlines()
