@@ -103,13 +103,12 @@ def _options(arguments: argparse.Namespace, scenario: Scenario | None) -> Option
 def _calibrated(
     recipe: Recipe, hardware: Hardware | None, options: Options, arguments: argparse.Namespace, console: Console
 ) -> Plan:
-    from moai_llm.training.calibrate import calibrate, planned_with
+    from moai_llm.training.calibrate import calibrate, corrected
 
     found = calibrate(recipe, hardware, options, steps=arguments.steps, quiet=arguments.json)
-    hardware, options = planned_with(found, hardware, options)
     if not arguments.json:
         console.print(found.summary(), markup=False)
-    return make_plan(recipe, hardware, options)
+    return make_plan(found.recipe, hardware or found.hardware, corrected(found, options))
 
 
 # ---------------------------------------------------------------- what is shown
@@ -218,9 +217,8 @@ def _show_scenarios(console: Console, arguments: argparse.Namespace) -> None:
 def _scenario_table(scenarios: dict[str, Scenario], recipe: Recipe, options: Options) -> Any:
     from rich.table import Table
 
-    table = Table("tokens on", "days", "theirs", "needs MFU", "cost", "theirs", box=None, pad_edge=False)
-    if len(scenarios) > 1:
-        table = Table("recipe", *(column.header for column in table.columns), box=None, pad_edge=False)
+    columns = ("tokens on", "days", "theirs", "needs MFU", "cost", "theirs")
+    table = Table(*("recipe",) * (len(scenarios) > 1), *columns, box=None, pad_edge=False)
     for name, scenario in scenarios.items():
         for i, end in enumerate(_scenario_tree(name, scenario, recipe, options)["ends"]):
             cost = "-" if end["cost"] is None else f"${end['cost']:,.0f}"

@@ -84,7 +84,8 @@ def parse_hardware(text: str, tflops: float | None = None, memory: float | None 
                 f"the peak and memory of {name!r} are not known{did_you_mean(name, ACCELERATORS)}; known are {known}. "
                 "Give another by --peak-tflops (dense, half precision) and --memory (GiB)"
             )
-        return Hardware(count, Accelerator(name, tflops, memory, kind="cpu" if _plain(name) == "cpu" else "cuda"))
+        cpu = _plain(name) == "cpu"
+        return Hardware(count, Accelerator(name, tflops, memory, None, not cpu, "cpu" if cpu else "cuda"))
     return Hardware(
         count,
         Accelerator(device.name, tflops or device.tflops, memory or device.memory, device.bandwidth, device.bf16),

@@ -137,7 +137,7 @@ def half_precision(recipe: Recipe, hardware: Hardware | None) -> bool:
     """Whether autocast is on: `auto` means bf16 where the device has it."""
     name = recipe.train.precision
     if name == "auto":
-        return hardware is None or hardware.device.bf16 and hardware.device.kind == "cuda"
+        return hardware is None or hardware.device.bf16
     return name != "fp32"
 
 

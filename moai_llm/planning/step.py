@@ -70,7 +70,7 @@ def peak(step: Step) -> Memory:
 
 
 def moments(step: Step) -> Iterator[Memory]:
-    """The candidates for the peak: the loss, the backward of each brick, the embedding, the optimizer."""
+    """The candidates for the peak: the end of the layers, the loss, the backward of each brick, the embedding, the optimizer."""
     s, h = step.setting, step.hidden_size
     tokens = s.tokens
     full = 4 * (step.embeds + step.head + sum(brick.parameters for layer in step.layers for brick in layer))
@@ -79,7 +79,7 @@ def moments(step: Step) -> Iterator[Memory]:
     held = [_held(layer, step) for layer in step.layers]
     cached = sum(brick.kept.cached for layer in step.layers for brick in layer) if step.recomputes else 0.0
     waiting = (step.in_flight - 1) * sum(held)
-    live = sum(held) + waiting + step.norm.saved
+    live = sum(held) + waiting + (step.norm.saved if step.last else 0)
     done = full if step.accumulates else 0.0
 
     def at(activations: float, gradients: float, loss: float) -> Memory:
@@ -87,17 +87,15 @@ def moments(step: Step) -> Iterator[Memory]:
             base, activations=base.activations + activations, gradients=gradients * scale, loss=loss,
         )  # fmt: skip
 
-    head_gradient = 4.0 * step.vocab_size * h if step.last else 0.0
     loss = 0.0
+    yield at(live + cached, done, loss)
     if step.last:
         during, after = loss_bytes(step.vocab_size, h, s)
         yield at(live + cached + s.size * h * tokens, done, during)
         loss = after
-        if not step.tied:  # becomes the head's gradient at once
-            loss -= head_gradient
-            done = full if step.accumulates else head_gradient
-        else:
-            head_gradient = 0.0
+        if not step.tied:  # the head's gradient is one of the gradients at once; a tied one waits for the embedding's
+            loss -= 4.0 * step.vocab_size * h
+            done = full if step.accumulates else 4.0 * step.vocab_size * h
         yield at(live + step.norm.extra + 4 * h * tokens, done, loss)
         live -= step.norm.saved
         loss -= s.size * h * tokens

@@ -23,7 +23,7 @@ from moai_llm.planning.hardware import GIB, Accelerator, Hardware, find_device
 from moai_llm.planning.layouts import Layout, memory
 from moai_llm.planning.plan import Options, setting
 from moai_llm.recipe import Recipe
-from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_everything
+from moai_llm.runtime import MoaiError, has_fast_bf16, keep_freed_memory, pick_device, seed_everything
 from moai_llm.training.build import build_model
 from moai_llm.training.measure import RealStep, random_batch
 
@@ -35,6 +35,7 @@ WARM_UP = 2  # steps that are not counted
 class Calibration:
     """What was measured on one device."""
 
+    recipe: Recipe  # with the vocabulary of the store
     device: str  # as the driver reports it
     hardware: Hardware
     steps: int
@@ -101,9 +102,9 @@ def calibrate(
         ) from None
 
 
-def planned_with(found: Calibration, hardware: Hardware | None, options: Options) -> tuple[Hardware, Options]:
-    """Hardware and options of the plan that a calibration corrects."""
-    return hardware or found.hardware, replace(
+def corrected(found: Calibration, options: Options) -> Options:
+    """The options of the plan that a calibration corrects."""
+    return replace(
         options, tokens_per_second=found.tokens_per_second, memory_factor=found.memory_factor,
         document_tokens=found.document_tokens,
     )  # fmt: skip
@@ -119,9 +120,8 @@ def _measure(recipe: Recipe, options: Options, device: torch.device, steps: int,
     clock = _OptimizerClock(step.optimizer, device)
     spent: list[tuple[float, float]] = []
     for _ in track(range(WARM_UP + steps), "calibrating", disable=quiet, transient=True):
-        batch = next(batches)
         began = _now(device)
-        step.run(batch)
+        step.run(next(batches))
         spent.append((_now(device) - began, clock.seconds))
     counted = spent[WARM_UP:]
     in_optimizer = median(of for _, of in counted)
@@ -129,14 +129,12 @@ def _measure(recipe: Recipe, options: Options, device: torch.device, steps: int,
     peak = step.peak_bytes(next(batches))
     accumulation = max(1, -(-recipe.train.batch_tokens // (rows * seq_len)))
     hardware = _this_machine(device)
-    recipe = replace(
-        recipe, model=_architecture(step.model), train=replace(recipe.train, precision=step.precision.name)
-    )
+    recipe = replace(recipe, model=_architecture(step.model))
     predicted = memory(recipe, Layout("one device"), setting(recipe, hardware, rows, options), MICRO_BATCHES).total
     per_token = 3 * recipe.model.flops(seq_len, options.document_tokens)["total"]
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     return Calibration(
-        name, hardware, steps, data, document_tokens, rows, micro, in_optimizer,
+        recipe, name, hardware, steps, data, document_tokens, rows, micro, in_optimizer,
         accumulation * rows * seq_len / (accumulation * micro + in_optimizer), per_token, peak, predicted,
     )  # fmt: skip
 
@@ -199,9 +197,9 @@ def _now(device: torch.device) -> float:
 def _this_machine(device: torch.device) -> Hardware:
     if device.type == "cuda":
         name, memory = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1] / GIB
-        return Hardware(1, find_device(name, memory) or Accelerator(name, None, memory))
+        return Hardware(1, find_device(name, memory) or Accelerator(name, None, memory, bf16=has_fast_bf16(device)))
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return Hardware(1, Accelerator("cpu", None, pages * size / GIB, kind="cpu"))
+    return Hardware(1, Accelerator("cpu", None, pages * size / GIB, None, has_fast_bf16(device), "cpu"))
 
 
 def _architecture(model: MoaiForCausalLM) -> Architecture:

@@ -104,4 +104,5 @@ def test_calibrating_on_a_store(moai: Moai, tmp_path: Path, text_file: Path) -> 
     )  # fmt: skip
     tree = json.loads(output)
     assert tree["options"]["tokens_per_second"] > 0 and 1 <= tree["options"]["document_tokens"] <= 64
+    assert tree["parameters"]["embedding"] == 384 * 64  # 300 tokens, in rows of 128
     assert 0.9 < tree["options"]["memory_factor"] < 1.1
