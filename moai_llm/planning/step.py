@@ -70,7 +70,9 @@ def peak(step: Step) -> Memory:
 
 
 def moments(step: Step) -> Iterator[Memory]:
-    """The candidates for the peak: the end of the layers, the loss, the backward of each brick, the embedding, the optimizer."""
+    """The candidates for the peak: the end of the layers, the loss, the backward of each brick, the embedding, the
+    optimizer.
+    """
     s, h = step.setting, step.hidden_size
     tokens = s.tokens
     full = 4 * (step.embeds + step.head + sum(brick.parameters for layer in step.layers for brick in layer))
