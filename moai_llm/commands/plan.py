@@ -38,7 +38,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--peak-tflops", type=_positive, metavar="T", help="of a device not known here: dense, half precision")
     add("--memory", type=_positive, metavar="GIB", help="of a device not known here")
     add("--tokens", type=_positive, help="of the whole run (default: the recipe's length)")
-    add("--mfu", type=_share, default=MFU, help=f"share of the peak that is reached (default {MFU})")
+    add("--mfu", type=_positive, default=MFU, help=f"share of the peak that is reached (default {MFU})")
     add("--price", type=_positive, metavar="DOLLARS", help="of one device for an hour")
     add("--reserve", type=_share, default=RESERVE, help=f"share of the memory left free (default {RESERVE})")
     add("--micro-batch", type=int, metavar="ROWS", help="look at this micro-batch instead of the largest that fits")
@@ -93,6 +93,8 @@ def _options(arguments: argparse.Namespace, scenario: Scenario | None) -> Option
         value = getattr(arguments, name)
         if value is not None and value < 1:
             raise MoaiError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if arguments.mfu > 1:
+        raise MoaiError(f"--mfu is a share of the peak, at most 1, got {arguments.mfu:g}")
     return Options(
         tokens=arguments.tokens or (scenario.tokens[1] if scenario else None), mfu=arguments.mfu,
         reserve=arguments.reserve, price=arguments.price, document_tokens=arguments.document_tokens,
@@ -287,5 +289,5 @@ def _positive(text: str) -> float:
 def _share(text: str) -> float:
     value = float(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must lie between 0 and 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be at least 0 and less than 1, got {text}")
     return value

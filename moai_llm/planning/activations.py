@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from moai_llm.architecture import Architecture
 
 SCAN_CHUNK = {"cpu": 32, "cuda": 16}  # steps between two kept states: the C++ scan, the one in PyTorch
-RESULT_ONLY = ("relu", "relu6", "sigmoid", "tanh")  # activations whose backward needs their result, not their input
+RESULT_ONLY = ("relu", "sigmoid", "tanh")  # activations whose backward needs their result, not their input
 
 
 @dataclass(frozen=True)

@@ -113,8 +113,10 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, hardware: Hardware | None, options: Options) -> Plan:
-    """Raises:
-    MoaiError: a brick from outside the package, or a micro-batch that is larger than a step.
+    """Plan a recipe on some hardware, or without days where that is None.
+
+    Raises:
+        MoaiError: the model has a brick from outside the package.
     """
     a, seq_len = recipe.model, recipe.data.seq_len
     try:
@@ -260,7 +262,7 @@ def _seconds(tokens: float | None, per_token: float, hardware: Hardware | None, 
 def _notes(recipe: Recipe, hardware: Hardware | None) -> Iterator[str]:
     if hardware and hardware.count > 1:
         yield "This version trains on one device: the other layouts are arithmetic, there is no launcher for them yet."
-    if hardware and hardware.device.kind == "cuda" and not hardware.device.bf16:
+    if hardware and hardware.device.kind == "cuda" and not hardware.device.bf16 and recipe.train.precision != "fp16":
         yield (
             f"{hardware.device.name} has no bf16, and train.precision=auto means fp32 there: set train.precision=fp16, "
             "whose peak the days are reckoned with."
@@ -268,6 +270,6 @@ def _notes(recipe: Recipe, hardware: Hardware | None) -> Iterator[str]:
     elif not half_precision(recipe, hardware) and hardware and hardware.device.kind == "cuda":
         yield "fp32 runs below the half-precision peak that the days are reckoned with: calibrate, or lower --mfu."
     if recipe.train.compile:
-        yield "Memory is that of an uncompiled run; train.compile=true usually needs less."
+        yield "Memory is that of a run without train.compile, which changes what is kept."
     if hardware is None or hardware.device.kind == "cuda":
         yield "Memory formulas are measured on CPUs only; the CUDA paths are counted from the code."

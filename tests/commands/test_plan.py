@@ -68,6 +68,7 @@ def test_when_nothing_fits(moai: Moai) -> None:
         ((*TINY, "optim.learning_rate=1"), "here it is optim.lr"),
         ((*TINY, "--hardware", "H100"), "H100-SXM or H100-PCIe"),
         ((*TINY, "--peak-tflops", 100), "without --memory"),
+        ((*TINY, "--mfu", 1.5), "at most 1"),
         ((*TINY, "--micro-batch", 0), "--micro-batch must be at least 1"),
         (("plan", "moai-3b", "--scenario", "all"), "leave out RECIPE"),
         (("plan", "--scenario", "all", "--hardware", "L4"), "leave out --hardware"),
@@ -79,7 +80,9 @@ def test_mistakes(fails: Moai, arguments: tuple[object, ...], message: str) -> N
     assert message in fails(*arguments)
 
 
-@pytest.mark.parametrize("flags", [("--mfu", "1.5"), ("--tokens", "-1"), ("--price", "x"), ("--scenario", "cheap")])
+@pytest.mark.parametrize(
+    "flags", [("--mfu", "0"), ("--reserve", "1"), ("--tokens", "-1"), ("--price", "x"), ("--scenario", "cheap")]
+)
 def test_values_out_of_range(moai: Moai, flags: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         moai(*TINY, *flags)
