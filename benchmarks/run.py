@@ -14,6 +14,7 @@ BENCHMARKS = {
     "scan": "selective scan against the loop, mambapy and transformers",
     "training_step": "a training step against transformers and litgpt",
     "linear_cross_entropy": "losses from hidden states against all logits at once: memory and time",
+    "memory": "memory of a training step: planned, held at once, resident",
     "packing": "attention over packed documents: split against mask",
     "data_read": "reading packed rows beside datasets and torch's DataLoader, and the knobs of the loader",
     "data_packing": "documents into rows: how full, how even, how fast",

@@ -187,33 +187,19 @@ class Architecture:
         `active` is what one token passes through: of the experts only num_experts_per_tok.
         """
         assert self.layer_types and self.mlp_layer_types, "call resolve() first"
-        h, norm = self.hidden_size, self.hidden_size * (2 if self.norm_type == "layer_norm" else 1)
-        expert = self._mlp_parameters(self.moe_intermediate_size or 0)
-        router = h * self.num_experts * (2 if self.router_noise else 1) + (self.num_experts if self.router_bias else 0)
-        mixers = {
-            "full_attention": self._attention_parameters(),
-            "sliding_attention": self._attention_parameters(),
-            "linear_attention": self._mamba_parameters(),
-        }
-        mlps = {
-            "dense": self._mlp_parameters(self.intermediate_size or 0),
-            "sparse": expert * self.num_experts + router,
-            "none": 0,
-        }
-        for kind in (*self.layer_types, *self.mlp_layer_types):
-            if kind not in mixers and kind not in mlps:
-                raise ValueError(f"the parameters of {kind!r} are not known here: build the model and count them")
+        h, of = self.hidden_size, self.brick_parameters()
+        self._require_known("parameters", of, of)
         positions = self.max_position_embeddings * h if self.position_embedding == "learned" else 0
         norms = self.num_hidden_layers + sum(kind != "none" for kind in self.mlp_layer_types) + 1
         parts = {
             "embedding": self.vocab_size * h + positions,
-            "token_mixers": sum(mixers[kind] for kind in self.layer_types),
-            "channel_mixers": sum(mlps[kind] for kind in self.mlp_layer_types),
-            "norms": norms * norm,
+            "token_mixers": sum(of[kind] for kind in self.layer_types),
+            "channel_mixers": sum(of[kind] for kind in self.mlp_layer_types),
+            "norms": norms * of["norm"],
             "head": 0 if self.tie_word_embeddings else self.vocab_size * h,
         }
         total = sum(parts.values())
-        idle = self.mlp_layer_types.count("sparse") * (self.num_experts - self.num_experts_per_tok) * expert
+        idle = self.mlp_layer_types.count("sparse") * (self.num_experts - self.num_experts_per_tok) * of["expert"]
         return {
             **parts,
             "total": total,
@@ -221,11 +207,80 @@ class Architecture:
             "non_embedding": total - parts["embedding"] - parts["head"],
         }
 
+    def brick_parameters(self) -> dict[str, int]:
+        """Parameters of one brick of each kind, of one expert, and of one norm of the residual stream."""
+        expert = self._mlp_parameters(self.moe_intermediate_size or 0)
+        scores = self.hidden_size * self.num_experts
+        router = scores * (2 if self.router_noise else 1) + (self.num_experts if self.router_bias else 0)
+        return {
+            "full_attention": self._attention_parameters(),
+            "sliding_attention": self._attention_parameters(),
+            "linear_attention": self._mamba_parameters(),
+            "dense": self._mlp_parameters(self.intermediate_size or 0),
+            "sparse": expert * self.num_experts + router,
+            "none": 0,
+            "expert": expert,
+            "norm": self.hidden_size * (2 if self.norm_type == "layer_norm" else 1),
+        }
+
+    def flops(self, seq_len: int, document_tokens: float | None = None) -> dict[str, float]:
+        """Floating-point operations of a forward pass per token of rows of `seq_len`, by part, with `layers` (all but
+        the head) and `total`. A multiplication and an addition are two.
+
+        Counted are matrix products, attention over the keys a query may see, and the scan with its convolution; norms,
+        activations and the like are not, as is usual. A backward pass is twice as much.
+
+        Args:
+            document_tokens: mean length of the documents that share a row, beyond whose borders nothing is looked at;
+                one document fills the row when None.
+        """
+        assert self.layer_types and self.mlp_layer_types, "call resolve() first"
+        length = min(float(seq_len), document_tokens or seq_len)
+        mixers = {
+            "full_attention": (self._attention_flops(), self._score_flops(length, None), 0.0),
+            "sliding_attention": (self._attention_flops(), self._score_flops(length, self.sliding_window), 0.0),
+            "linear_attention": (self._mamba_flops(), 0.0, self._scan_flops()),
+        }
+        router = 2 * self.hidden_size * self.num_experts * (2 if self.router_noise else 1)
+        mlps = {
+            "dense": self._mlp_flops(self.intermediate_size or 0),
+            "sparse": router + self.num_experts_per_tok * self._mlp_flops(self.moe_intermediate_size or 0),
+            "none": 0,
+        }
+        self._require_known("operations", mixers, mlps)
+        parts = {
+            "token_mixers": float(sum(mixers[kind][0] for kind in self.layer_types)),
+            "attention": sum(mixers[kind][1] for kind in self.layer_types),
+            "scan": sum(mixers[kind][2] for kind in self.layer_types),
+            "channel_mixers": float(sum(mlps[kind] for kind in self.mlp_layer_types)),
+        }
+        layers, head = sum(parts.values()), 2.0 * self.vocab_size * self.hidden_size
+        return {**parts, "head": head, "layers": layers, "total": layers + head}
+
+    def _require_known(self, what: str, mixers: Iterable[str], mlps: Iterable[str]) -> None:
+        known = (*mixers, *mlps)
+        for kind in (*(self.layer_types or ()), *(self.mlp_layer_types or ())):
+            if kind not in known:
+                raise ValueError(f"the {what} of {kind!r} are not known here: build the model and count them")
+
+    # each brick: its parameters, and its operations for one token
+
     def _attention_parameters(self) -> int:
         assert self.head_dim and self.num_key_value_heads
         queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         bias = queries + 2 * keys + self.hidden_size if self.attention_bias else 0
         return self.hidden_size * (2 * queries + 2 * keys) + bias + (2 * self.head_dim if self.use_qk_norm else 0)
+
+    def _attention_flops(self) -> int:
+        assert self.head_dim and self.num_key_value_heads
+        return 4 * self.hidden_size * self.head_dim * (self.num_attention_heads + self.num_key_value_heads)
+
+    def _score_flops(self, length: float, window: int | None) -> float:
+        """Scores and weighted values over the keys that the queries of a document see on average."""
+        assert self.head_dim
+        seen = min(length, window or length)
+        keys = (seen * (seen + 1) / 2 + (length - seen) * seen) / length
+        return 4 * self.num_attention_heads * self.head_dim * keys
 
     def _mamba_parameters(self) -> int:
         assert self.ssm_dt_rank
@@ -234,10 +289,23 @@ class Architecture:
         ssm = d * (r + 2 * n) + r * d + d + d * n + d  # x_proj, dt_proj, dt_bias, A_log, D
         return 3 * h * d + conv + ssm + (r + 2 * n if self.ssm_norm else 0)
 
+    def _mamba_flops(self) -> int:
+        assert self.ssm_dt_rank
+        h, d, n, r = self.hidden_size, self.ssm_expand * self.hidden_size, self.ssm_state_size, self.ssm_dt_rank
+        return 2 * (3 * h * d + d * (r + 2 * n) + r * d)
+
+    def _scan_flops(self) -> float:
+        """The recurrence as written (an exponential counts as one): exp(delta A) h + (delta x) B, then C h + D x."""
+        d, n = self.ssm_expand * self.hidden_size, self.ssm_state_size
+        return float(d * (7 * n + 3) + 2 * d * self.conv_kernel_size)
+
     def _mlp_parameters(self, width: int) -> int:
         matrices = 3 if self.mlp_gated else 2
         bias = (matrices - 1) * width + self.hidden_size if self.mlp_bias else 0
         return matrices * self.hidden_size * width + bias
+
+    def _mlp_flops(self, width: int) -> int:
+        return 2 * (3 if self.mlp_gated else 2) * self.hidden_size * width
 
 
 def tile(pattern: list[str], length: int) -> list[str]:

@@ -19,6 +19,7 @@ COMMANDS = {
     "tokenizer": ("moai_llm.commands.tokenizer", "train a tokenizer, look at what it does"),
     "data": ("moai_llm.commands.data", "prepare text or conversations for training, look inside"),
     "recipes": ("moai_llm.commands.recipes", "list the model presets, or print one"),
+    "plan": ("moai_llm.commands.plan", "memory, days and cost of a run, before it is started"),
     "train": ("moai_llm.commands.train", "train a recipe: pretraining and fine-tuning"),
     "generate": ("moai_llm.commands.generate", "continue a prompt"),
     "chat": ("moai_llm.commands.chat", "talk to a model in the terminal"),

@@ -13,9 +13,13 @@ from moai_llm.data.prepare import prepare
 from moai_llm.inference.generate import load_model, sample_text
 from moai_llm.ops.dispatch import use
 from moai_llm.ops.selective_scan import selective_scan
+from moai_llm.planning.activations import Setting
+from moai_llm.planning.layouts import Layout, memory
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.training.loop import train
+from moai_llm.training.measure import RealStep, random_batch
 from tests.conftest import PAIRS, tiny_model
+from tests.planning.test_activations import SMALL
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,3 +98,15 @@ def test_a_run_learns_resumes_and_answers(
     column = losses[0].index("loss")
     assert float(losses[-1][column]) < 0.7 * float(losses[1][column])
     assert sample_text(load_model(tmp_path / "run"), "Document", max_length=8, seed=0).startswith("Document")
+
+
+@pytest.mark.parametrize("recompute", ["false", "true"])
+@pytest.mark.parametrize("name", SMALL)
+def test_the_planned_memory_of_a_step(name: str, recompute: str) -> None:
+    keys = [*SMALL[name], "data.seq_len=256", "train.precision=bf16", f"train.activation_checkpointing={recompute}"]
+    recipe = recipes.load(name, keys)
+    step = RealStep(recipe, CUDA)
+    batches = [random_batch(4, 256, recipe.model.vocab_size, 3, seed) for seed in range(2)]
+    step.run(batches)
+    planned = memory(recipe, Layout("one device"), Setting(4, 256, True, "cuda", 3), 2).total
+    assert planned == pytest.approx(step.peak_bytes(batches), rel=0.1)

@@ -18,7 +18,7 @@ FLOORS = [
     ["ops", "architecture", "mixture", "optimization", "pages"],
     ["config", "losses"],
     ["recipe", "tokenizer", "modeling"],
-    ["data", "quantization"],
+    ["data", "quantization", "planning"],
     ["training", "inference"],
     ["evaluation"],
     ["commands", "cli"],
@@ -117,6 +117,7 @@ def test_public_names() -> None:
         "from moai_llm.cli import main; main(['--help'])",
         "from moai_llm.cli import main; main(['recipes'])",
         "from moai_llm.cli import main; main(['recipes', 'moai-3b'])",
+        "from moai_llm.cli import main; main(['plan', 'moai-3b', '--hardware', '8xA100-80GB'])",
     ],
 )
 def test_start_up_imports_no_torch(code: str) -> None:
@@ -126,7 +127,7 @@ def test_start_up_imports_no_torch(code: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "data", "tokenizer", "generate", "chat", "eval", "quickstart", "ops", "doctor", "report"]
+    "verb", ["train", "data", "tokenizer", "generate", "chat", "eval", "quickstart", "ops", "doctor", "report", "plan"]
 )
 def test_help_of_each_command_imports_no_torch(verb: str) -> None:
     code = f"""

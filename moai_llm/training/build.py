@@ -47,6 +47,15 @@ def build_model(
     for name, value in ids.items():
         setattr(model.config, name, value)
     model.generation_config = GenerationConfig(**{**ids, "eos_token_id": tokenizer.stop_ids})
+    return prepare_model(model, recipe, device)
+
+
+def prepare_model(model: MoaiForCausalLM, recipe: Recipe, device: torch.device) -> MoaiForCausalLM:
+    """Give a model the recipe's loss, fp32 weights on the device, recomputation and compilation; ready to train.
+
+    Raises:
+        MoaiError: rows that are longer than the model's learned positions.
+    """
     loss = _loss(recipe)
     if isinstance(loss, Loss):
         model.objective = loss

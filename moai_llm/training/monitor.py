@@ -17,11 +17,12 @@ from rich.live import Live
 from rich.progress import track
 from torch import Tensor
 
+from moai_llm.architecture import Architecture
 from moai_llm.config import MoaiConfig
+from moai_llm.planning.hardware import GIB, find_device
 from moai_llm.recipe import Recipe
 from moai_llm.training import environment
 from moai_llm.training.events import Events
-from moai_llm.training.flops import flops_per_token, peak_flops
 from moai_llm.training.live import LiveView, duration
 from moai_llm.training.precision import Precision
 from moai_llm.training.sinks import Sinks
@@ -80,10 +81,9 @@ class Monitor:
         """The monitor of a training run; notes in RUN/environment.json what it runs on."""
         out, device = Path(recipe.train.out), precision.device
         run_id = environment.record(out, device, start)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         return cls(
             out, total, start, title=title, quiet=quiet, sinks=Sinks(recipe, run_id, start),
-            flops=flops_per_token(config, recipe.data.seq_len), peak=peak_flops(name, precision.name), device=device,
+            flops=work(config, recipe.data.seq_len), peak=peak(precision), device=device,
         )  # fmt: skip
 
     def log(self, step: int, expert_load: Tensor | None = None, /, **numbers: Any) -> None:
@@ -158,6 +158,27 @@ class Monitor:
             self._display.stop()
         if self._sinks is not None:
             self._sinks.close()
+
+
+def work(config: Architecture, seq_len: int) -> float | None:
+    """Operations of a training step per token, recomputed ones not counted; None where a brick is not known here."""
+    try:
+        return 3 * config.flops(seq_len)["total"]
+    except ValueError:  # a brick from outside the package
+        return None
+
+
+def peak(precision: Precision) -> float | None:
+    """Operations a second that the maker of the device promises for this precision; None where that is not known: a
+    guessed peak says nothing.
+    """
+    if precision.device.type != "cuda" or precision.name == "fp32":
+        return None
+    memory = torch.cuda.get_device_properties(precision.device).total_memory / GIB
+    found = find_device(torch.cuda.get_device_name(precision.device), memory)
+    if found is None or found.tflops is None or (precision.name == "bf16" and not found.bf16):
+        return None
+    return found.tflops * 1e12
 
 
 def follow(items: Iterable[T], total: int, title: str, *, quiet: bool = False) -> Iterator[T]:
