@@ -72,20 +72,31 @@ def to_native(model: MoaiForCausalLM, family: str | None = None) -> transformers
     Raises:
         ValueError: the family, or any, cannot compute this model.
     """
-    chosen = FAMILIES[native_family(model.config, family)]
-    config = chosen.prepare(model.config)
+    name = native_family(model.config, family)
+    chosen, (config, ours) = FAMILIES[name], prepared(model, name)
     fields = {**{name: getattr(config, name) for name in SHARED_FIELDS}, **chosen.to_config(config)}
     native = getattr(transformers, chosen.model_class)(getattr(transformers, chosen.config_class)(**fields))
-    ours, weights = model.state_dict(), {}
+    weights = {}
     for theirs, keys in _grouped(_pairs(config, chosen)).items():
-        if keys[0] in ours:
-            tensors = [ours[key] for key in keys]
-            weights[theirs] = tensors[0][:, None] if theirs.endswith("conv1d.weight") else torch.cat(tensors)
-        else:  # of a layer that `prepare` has added: it adds nothing
-            full = torch.ones_like if theirs.endswith("norm.weight") else torch.zeros_like
-            weights[theirs] = full(native.get_parameter(theirs))
+        tensors = [ours[key] for key in keys]
+        weights[theirs] = tensors[0][:, None] if theirs.endswith("conv1d.weight") else torch.cat(tensors)
     native.load_state_dict(weights, strict=True)
     return native.to(model.dtype).train(model.training)
+
+
+def prepared(model: MoaiForCausalLM, family: str) -> tuple[MoaiConfig, dict[str, Tensor]]:
+    """Config and weights that a family holds: the model's, and those of a layer that adds nothing where it needs one
+    more, see `Family.prepare`.
+    """
+    config, state = FAMILIES[family].prepare(model.config), model.state_dict()
+    if config is not model.config:
+        with torch.device("meta"):
+            wanted = MoaiForCausalLM(config).state_dict()
+        for key, shape in wanted.items():
+            if key not in state:
+                full = torch.ones if key.endswith("norm.weight") else torch.zeros
+                state[key] = full(shape.shape, dtype=model.dtype, device=model.device)
+    return config, state
 
 
 @torch.no_grad()
