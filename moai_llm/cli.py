@@ -23,6 +23,11 @@ COMMANDS = {
     "generate": ("moai_llm.commands.generate", "continue a prompt"),
     "chat": ("moai_llm.commands.chat", "talk to a model in the terminal"),
     "eval": ("moai_llm.commands.evaluate", "measure a model"),
+    "export": ("moai_llm.commands.export", "write a model for transformers, llama.cpp or Ollama"),
+    "import": (
+        "moai_llm.commands.import_model",
+        "bring a model of Qwen, Llama, Mistral, Mamba or Jamba here, to train on",
+    ),
     "ops": ("moai_llm.commands.ops", "which kernels run on this machine, and why"),
 }
 

@@ -20,7 +20,7 @@ FLOORS = [
     ["recipe", "tokenizer", "modeling"],
     ["data", "quantization"],
     ["training", "inference"],
-    ["evaluation"],
+    ["evaluation", "export"],
     ["commands", "cli"],
     ["__main__", "__init__"],
 ]
@@ -125,7 +125,9 @@ def test_start_up_imports_no_torch(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("verb", ["train", "data", "tokenizer", "generate", "chat", "eval", "quickstart", "ops"])
+@pytest.mark.parametrize(
+    "verb", ["train", "data", "tokenizer", "generate", "chat", "eval", "quickstart", "export", "import", "ops"]
+)
 def test_help_of_each_command_imports_no_torch(verb: str) -> None:
     code = f"""
 import sys

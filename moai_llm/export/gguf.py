@@ -50,9 +50,11 @@ def export_gguf(
     _, state = prepared(source.model, layout.family)
     with written_beside(out) as place:
         file = place / MODEL
-        write(file, layout, state, words, dtype, source.name, lambda done, total: progress("written", done, total))
-        kinds = compare(file, layout, state, dtype, lambda done, total: progress("compared", done, total))
-        heard = answers(source.model, source.asked, lambda done: progress("what it says", done, len(source.asked)))
+        write(file, layout, state, words, dtype, source.name, lambda done, total: progress("writing", done, total))
+        kinds = compare(file, layout, state, dtype, lambda done, total: progress("reading it again", done, total))
+        heard = answers(
+            source.model, source.asked, lambda done: progress("asking what was written", done, len(source.asked))
+        )
         found = difference(source.said, heard, source.asked)
         if dtype == "fp32":
             require_equal(found, "the GGUF file that was written")
@@ -70,7 +72,9 @@ def export_gguf(
         notes.append(
             f"llama.cpp would give {len(differ)} of {count} sample texts other ids, such as {differ[0][:60]!r}"
         )
-    return Exported(out, chosen, size, found, None, (count, len(differ)), notes)
+    exact = dtype == "fp32"
+    compared = (count, len(differ))
+    return Exported(out, chosen, size, found if exact else None, None if exact else found, compared, notes)
 
 
 def choose(config: MoaiConfig, architecture: str | None, where: str) -> str:

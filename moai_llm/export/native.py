@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers.utils import logging
 
 from moai_llm.config import read_config
 from moai_llm.data.embedded import sample_texts
 from moai_llm.export.place import require_free, written_beside
 from moai_llm.export.probe import answers, difference, require_equal
-from moai_llm.export.source import Exported, Progress, load_source, silent
+from moai_llm.export.source import Exported, Progress, load_source, quiet, silent
 from moai_llm.inference.generate import resolve_model
 from moai_llm.modeling.convert import native_family, to_native
 from moai_llm.modeling.mamba import Mamba
@@ -55,8 +52,8 @@ def export_native(
         said = answers(source.model, source.asked)
         rounding = difference(source.said, said, source.asked)
     tokenizer, layers = source.tokenizer, source.model.config.num_hidden_layers
-    with _quiet(), written_beside(out) as place:
-        progress("written", 0, 1)
+    with quiet(), written_beside(out) as place:
+        progress("writing", 0, 1)
         native: Any = to_native(source.model, name)
         added = native.config.num_hidden_layers > layers
         _describe(native, tokenizer)
@@ -64,10 +61,10 @@ def export_native(
         _save(native, place, DTYPES[dtype])
         del native
         tokenizer.save(place)
-        progress("written", 1, 1)
+        progress("writing", 1, 1)
         again = transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
         target = type(again).__name__
-        heard = answers(again, source.asked, lambda done: progress(f"what {target} says", done, len(said)))
+        heard = answers(again, source.asked, lambda done: progress("asking what was written", done, len(said)))
         found = difference(said, heard, source.asked)
         require_equal(found, f"the {target} that was written")
         compared = _compare_tokenizer(place, tokenizer)
@@ -115,14 +112,3 @@ def _compare_tokenizer(place: Path, tokenizer: Tokenizer) -> tuple[int, int]:
             "read otherwise there. Nothing was kept"
         )
     return len(texts), differ
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' advice on packages and its bars."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)

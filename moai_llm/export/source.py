@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from moai_llm.export.probe import Difference, answers, inputs
 from moai_llm.inference.generate import load_model
@@ -31,16 +33,17 @@ class Exported:
     Attributes:
         target: the class of transformers, or llama.cpp's architecture.
         size: bytes of all files.
-        found: the file read again, against the model in the precision the file has.
-        rounding: that model against the one before rounding; None where nothing was rounded.
-        tokenizer: texts whose ids were compared, and how many of them differ.
+        found: the file read again, against the model in the precision of the file: equal up to the order of sums. None
+            where only the weights could be compared one by one, and what they cost is said by `rounding`.
+        rounding: the model in the precision of the file, against the model as it was; None in fp32.
+        tokenizer: how many texts were encoded both ways, and how many of them get other ids.
         notes: what a reader of the file should know.
     """
 
     path: Path
     target: str
     size: int
-    found: Difference
+    found: Difference | None
     rounding: Difference | None
     tokenizer: tuple[int, int]
     notes: list[str] = field(default_factory=list)
@@ -70,7 +73,8 @@ class Source:
 
 def load_source(path: str | Path, progress: Progress = silent) -> Source:
     """Raises `MoaiError` where there is no model of ours."""
-    loaded = load_model(path, device="cpu", dtype="fp32")
+    with quiet():
+        loaded = load_model(path, device="cpu", dtype="fp32")
     model: Any = loaded.model
     if not isinstance(model, MoaiForCausalLM):
         raise MoaiError(
@@ -81,5 +85,19 @@ def load_source(path: str | Path, progress: Progress = silent) -> Source:
         with torch.no_grad():
             resize_vocabulary(model, [(i,) for i in range(size)])
     asked = inputs(loaded.tokenizer, size, loaded.context)
-    said = answers(model, asked, lambda done: progress("what the model says", done, len(asked)))
+    said = answers(model, asked, lambda done: progress("asking the model", done, len(asked)))
     return Source(loaded.path, model, loaded.tokenizer, asked, said)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' bars and its advice on packages."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

@@ -143,10 +143,15 @@ def _attention_fields(config: MoaiConfig) -> dict[str, Any]:
     return {name: getattr(config, name) for name in _ATTENTION_FIELDS}
 
 
+def _window(config: MoaiConfig) -> int | None:
+    """A config may name a window that no layer has."""
+    return config.sliding_window if "sliding_attention" in (config.layer_types or ()) else None
+
+
 def _qwen3_fields(config: MoaiConfig) -> dict[str, Any]:
-    more = {"use_sliding_window": config.sliding_window is not None}
-    names = ("attention_bias", "layer_types", "sliding_window")
-    return {**_attention_fields(config), **{name: getattr(config, name) for name in names}, **more}
+    window = _window(config)
+    return {**_attention_fields(config), "attention_bias": config.attention_bias, "layer_types": config.layer_types,
+            "sliding_window": window, "use_sliding_window": window is not None}  # fmt: skip
 
 
 def _qwen3_moe_fields(config: MoaiConfig) -> dict[str, Any]:
@@ -162,10 +167,6 @@ def _qwen3_moe_fields(config: MoaiConfig) -> dict[str, Any]:
 
 def _llama_fields(config: MoaiConfig) -> dict[str, Any]:
     return {**_attention_fields(config), "attention_bias": config.attention_bias}
-
-
-def _window(config: MoaiConfig) -> int | None:
-    return config.sliding_window if "sliding_attention" in (config.layer_types or ()) else None
 
 
 def _mistral_fields(config: MoaiConfig) -> dict[str, Any]:
