@@ -105,10 +105,10 @@ def vocabulary(tokenizer: Tokenizer, split: str | None = None) -> Vocabulary:
         )
     rule = _rule(bpe, split)
     if rule.pattern != bpe.pattern:
-        marks = "" if "M" in rule.pattern else ", and combining marks are no letters"
+        marks = "" if r"\p{M}" in rule.pattern else ", and combining marks (नमस्ते) are no letters"
         notes.append(
             f"llama.cpp splits text by its rule {rule.name}, which is close to this tokenizer's: outside A-Z letters "
-            f"have no case there{marks}"
+            f"have no case there, so capitals such as ÉCOLE are cut otherwise{marks}"
         )
     added = {token["id"]: token for token in spec["added_tokens"]}
     names = {i: name for name, i in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
@@ -131,7 +131,8 @@ def vocabulary(tokenizer: Tokenizer, split: str | None = None) -> Vocabulary:
 
 def as_read(rule: Rule, tokens: Sequence[str], kinds: Sequence[int], merges: Iterable[str]) -> tokenizers.Tokenizer:
     """What llama.cpp makes of a file's vocabulary: its split by `rule`, the file's tokens and merges."""
-    vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind == Kind.NORMAL}
+    known = (Kind.NORMAL, Kind.USER_DEFINED)
+    vocab = {token: i for i, (token, kind) in enumerate(zip(tokens, kinds)) if kind in known}
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
     backend = build_bpe(vocab, pairs, rule.pattern)
     backend.model = models.BPE(vocab=vocab, merges=pairs, ignore_merges=rule.whole)
