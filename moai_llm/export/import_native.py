@@ -6,6 +6,7 @@ Nothing of a checkpoint is run: safetensors, or pickles that may hold tensors al
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import transformers
 from tokenizers import AddedToken
 
+from moai_llm.data.embedded import sample_texts
 from moai_llm.export.place import require_free, written_beside
 from moai_llm.export.probe import Difference, answers, difference, inputs, require_equal
 from moai_llm.export.source import Progress, quiet, silent
@@ -62,7 +64,7 @@ def import_native(
             native: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 source, dtype="auto", trust_remote_code=False, weights_only=True
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
             raise MoaiError(f"{source} cannot be loaded: {error}") from None
         dtype = native.dtype
         native = native.float().eval()
@@ -73,9 +75,9 @@ def import_native(
             raise MoaiError(f"{source}: {error}") from None
         asked = inputs(tokenizer, min(native.config.vocab_size, tokenizer.vocab_size), _context(native.config))
         said = answers(native, asked, lambda done: progress(f"asking the {origin}", done, len(asked)))
-        _require_same_ids(source, tokenizer)
+        notes = _compare_ids(source, tokenizer)
         del native
-        tokenizer, notes = _prepare_training(model, tokenizer)
+        tokenizer, more = _prepare_training(model, tokenizer)
         with written_beside(out) as place:
             progress("writing", 0, 1)
             model.to(dtype).save_pretrained(place, max_shard_size="5GB")
@@ -88,7 +90,7 @@ def import_native(
             width = said[0].shape[-1]
             found = difference(said, [logits[:, :width] for logits in heard], asked)
             require_equal(found, "the model that was written")
-    return Imported(out, origin, parameters, found, notes)
+    return Imported(out, origin, parameters, found, notes + more)
 
 
 def _find(name: str) -> Path:
@@ -139,20 +141,23 @@ def _require_rows(native: Any, tokenizer: Tokenizer, source: Path) -> None:
         )
 
 
-def _require_same_ids(source: Path, tokenizer: Tokenizer) -> None:
-    from moai_llm.data.embedded import sample_texts
-
+def _compare_ids(source: Path, tokenizer: Tokenizer) -> list[str]:
+    """transformers has classes of its own for some models, which may read a tokenizer.json otherwise."""
     texts = [text for documents in sample_texts().values() for text in documents]
-    theirs = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    try:
+        theirs = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:  # some want a package more
+        return [f"its tokenizer.json is taken as it is: transformers did not load it ({str(error).splitlines()[0]})"]
     differ = [
         text for text, ids in zip(texts, tokenizer.encode_batch(texts))
         if theirs.encode(text, add_special_tokens=False) != ids
     ]  # fmt: skip
     if differ:
         raise MoaiError(
-            f"{source}: transformers gives {len(differ)} of {len(texts)} texts other ids than its tokenizer.json says, "
-            f"such as {differ[0][:60]!r}: which ones the model was trained with is not known"
+            f"{source}: the {type(theirs).__name__} of transformers gives {len(differ)} of {len(texts)} texts other "
+            f"ids than its tokenizer.json says, such as {differ[0][:60]!r}: which ones the model knows cannot be told"
         )
+    return []
 
 
 def _prepare_training(model: MoaiForCausalLM, tokenizer: Tokenizer) -> tuple[Tokenizer, list[str]]:

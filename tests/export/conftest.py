@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 from moai_llm.config import MoaiConfig
+from moai_llm.export.vocabulary import vocabulary
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.tokenizer import Tokenizer
+from moai_llm.tokenizer.byte_level import build_bpe
 from tests.conftest import tiny_config
 
 PLAIN = {"use_qk_norm": False, "num_hidden_layers": 3}
@@ -78,3 +82,13 @@ def made(tmp_path: Path, tokenizer: Tokenizer) -> Callable[..., Path]:
         return save(tiny_config(**{**KINDS[kind][0], **changes}), tokenizer, tmp_path / "made")
 
     return make
+
+
+def split_by(pattern: str, tokenizer: Tokenizer, **changes: Any) -> Tokenizer:
+    """The same merges under another split."""
+    merges = [tuple(merge.split(" ")) for merge in vocabulary(tokenizer).merges]
+    backend = build_bpe(tokenizer.backend.get_vocab(with_added_tokens=False), merges, pattern)  # type: ignore[arg-type]
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in tokenizer.special_tokens])
+    if "normalizer" in changes:
+        backend.normalizer = changes["normalizer"]
+    return Tokenizer(backend, tokenizer.roles, tokenizer.chat_template)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import tokenizers
@@ -22,6 +21,7 @@ from moai_llm.tokenizer.chat import render, set_template
 from moai_llm.tokenizer.split import CL100K_SPLIT, GPT2_SPLIT, O200K_SPLIT
 from moai_llm.tokenizer.templates import TEMPLATES
 from moai_llm.tokenizer.train import train_tokenizer
+from tests.export.conftest import split_by
 from tests.tokenizer.foreign import unigram
 
 TEXTS = [text for documents in sample_texts().values() for text in documents]
@@ -29,16 +29,6 @@ HARD = [
     "ÉCOLE приветМир", "e\u0301te\u0301", "❤️❤️", "नमस्ते", "가나다\u1112\u1161\u11ab", "か\u3099", "don't I'LL WE'VE",
     "  a\n\n\tb ", "\u3000全角", "\x00\x01", "1,234,567", "x==y!=z", "🚀👩‍👩‍👧", "\r\n\u2028\u0085",
 ]  # fmt: skip
-
-
-def split_by(pattern: str, tokenizer: Tokenizer, **changes: Any) -> Tokenizer:
-    """The same merges under another split."""
-    merges = [tuple(merge.split(" ")) for merge in vocabulary(tokenizer).merges]
-    backend = build_bpe(tokenizer.backend.get_vocab(with_added_tokens=False), merges, pattern)  # type: ignore[arg-type]
-    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in tokenizer.special_tokens])
-    if "normalizer" in changes:
-        backend.normalizer = changes["normalizer"]
-    return Tokenizer(backend, tokenizer.roles, tokenizer.chat_template)
 
 
 @pytest.mark.parametrize("pattern", [GPT2_SPLIT, QWEN2_SPLIT, CL100K_SPLIT, O200K_SPLIT])
