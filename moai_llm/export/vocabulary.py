@@ -112,7 +112,8 @@ def vocabulary(tokenizer: Tokenizer, split: str | None = None) -> Vocabulary:
         )
     added = {token["id"]: token for token in spec["added_tokens"]}
     names = {i: name for name, i in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
-    tokens, kinds = [], []
+    tokens: list[str] = []
+    kinds: list[int] = []
     for i in range(tokenizer.vocab_size):
         if i in added:
             tokens.append(added[i]["content"])

@@ -44,9 +44,9 @@ PROMPTS = [
     "def add(a, b):\n    return", "for i in range(10):\n", "x = {'a': [1, 2.5]}", "#include <stdio.h>\nint main(",
 ]  # fmt: skip
 PIECES = [
-    "안녕하세요", "한국어 토큰화", "金融市場", "日本語のテキスト", "今天天气很好", "가나다\u1112\u1161\u11ab", "か\u3099",
-    "Hello, World!", "  leading", "trailing  ", "\n\n\tdef f(x):\n", "3.14159", "1,234,567", "don't I'LL WE'VE",
-    "x==y!=z", "http://a.b/c?d=e", "____", "\r\n", "\x01", "\u200b", " \u00a0 ", "\u3000全角", "ﬁ ½ ²",
+    "안녕하세요", "한국어 토큰화", "金融市場", "日本語のテキスト", "今天天气很好", "가나다\u1112\u1161\u11ab",
+    "か\u3099", "Hello, World!", "  leading", "trailing  ", "\n\n\tdef f(x):\n", "3.14159", "1,234,567",
+    "don't I'LL WE'VE", "x==y!=z", "http://a.b/c?d=e", "____", "\r\n", "\x01", "\u200b", " \u00a0 ", "\u3000全角", "ﬁ ½ ²",
     "café naïve", "e\u0301", "नमस्ते", "السلام", "приветМир", "❤️❤️", "🚀👩‍👩‍👧",
 ]  # fmt: skip
 
