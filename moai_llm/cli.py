@@ -26,6 +26,11 @@ COMMANDS = {
     "eval": ("moai_llm.commands.evaluate", "measure a model"),
     "doctor": ("moai_llm.commands.doctor", "what is wrong with this machine, a model or a run, and what to do"),
     "report": ("moai_llm.commands.report", "one page of plots from one or several training runs"),
+    "export": ("moai_llm.commands.export", "write a model for transformers, llama.cpp or Ollama"),
+    "import": (
+        "moai_llm.commands.import_model",
+        "bring a model of Qwen, Llama, Mistral, Mamba or Jamba here, to train on",
+    ),
     "ops": ("moai_llm.commands.ops", "which kernels run on this machine, and why"),
 }
 

@@ -97,7 +97,7 @@ def read_config(file: Path) -> MoaiConfig:
     if kind == "mamba_moai":  # the older Mamba files: every layer Mamba, a SwiGLU after it
         values.setdefault("layer_types", ["linear_attention"])
     elif kind != "moai":
-        raise MoaiError(f"{file}: model_type {kind!r} is not ours; convert it with moai_llm.modeling.convert")
+        raise MoaiError(f"{file}: model_type {kind!r} is not ours; bring it here with `moai import`")
     known = [*(f.name for f in fields(MoaiConfig)), *LEGACY_KEYS, *FOREIGN_KEYS]
     for key in values:
         if key not in known and not key.endswith("_token_id"):

@@ -142,7 +142,7 @@ def test_the_steps_of_the_readme_run(
     output = capsys.readouterr().out
     assert "bits per byte" in output and "Once upon a time" in output
     written = {path.name for path in (tmp_path / "work").iterdir()}
-    assert written == {"tokenizer", "text", "valid", "base", "chats", "chat"}
+    assert written == {"tokenizer", "text", "valid", "base", "chats", "chat", "exported"}
 
 
 # ---------------------------------------------------------------- links and names

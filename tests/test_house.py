@@ -20,7 +20,7 @@ FLOORS = [
     ["recipe", "tokenizer", "modeling"],
     ["data", "quantization", "planning"],
     ["training", "inference"],
-    ["evaluation"],
+    ["evaluation", "export"],
     ["commands", "cli"],
     ["__main__", "__init__"],
 ]
@@ -127,7 +127,22 @@ def test_start_up_imports_no_torch(code: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "verb", ["train", "data", "tokenizer", "generate", "chat", "eval", "quickstart", "ops", "doctor", "report", "plan"]
+    "verb",
+    [
+        "train",
+        "data",
+        "tokenizer",
+        "generate",
+        "chat",
+        "eval",
+        "quickstart",
+        "ops",
+        "doctor",
+        "report",
+        "plan",
+        "export",
+        "import",
+    ],
 )
 def test_help_of_each_command_imports_no_torch(verb: str) -> None:
     code = f"""

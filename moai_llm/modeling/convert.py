@@ -1,25 +1,20 @@
-"""Weights between MoaiForCausalLM and the transformers classes that compute the same function.
+"""Weights between MoaiForCausalLM and the transformers classes that compute the same function, see families.py.
 
-    qwen3      attention with QK-norm + SwiGLU                 Qwen3ForCausalLM
-    qwen3_moe  the same, dense and sparse layers               Qwen3MoeForCausalLM
-    mamba      Mamba-1 alone                                   MambaForCausalLM
-    jamba      Mamba-1 and attention without positions, each followed by SwiGLU or experts      JambaForCausalLM
-
-A family is a table of names and a reason to refuse; everything else is shared. Both sides are models in memory.
+A family is a table of names there; everything here is shared. Both sides are models in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 import transformers
 from torch import Tensor
 
 from moai_llm.config import MoaiConfig
+from moai_llm.modeling.families import FAMILIES, SHARED_FIELDS, Family
 from moai_llm.modeling.model import MoaiForCausalLM
+from moai_llm.runtime import did_you_mean
 
 ATTENTION = {f"mixer.{p}_proj.{part}": f"self_attn.{p}_proj.{part}" for p in "qkvo" for part in ("weight", "bias")}
 QK_NORM = {f"mixer.{p}_norm.weight": f"self_attn.{p}_norm.weight" for p in "qk"}
@@ -45,47 +40,43 @@ SPARSE = {
 }
 
 
-@dataclass(frozen=True)
-class Family:
-    """`names` fill the braces of the tables; the three functions know what the family can express."""
-
-    model_class: str
-    config_class: str
-    names: dict[str, str]
-    top: dict[str, str]
-    norms: dict[str, str]
-    refuse: Callable[[MoaiConfig], str | None]
-    to_config: Callable[[MoaiConfig], dict[str, Any]]
-    from_config: Callable[[Any], dict[str, Any]]
+def refusals(config: MoaiConfig) -> dict[str, str | None]:
+    """family -> why it cannot compute what this config says; None where it can."""
+    return {name: family.reason(config) for name, family in FAMILIES.items()}
 
 
-def native_family(config: MoaiConfig) -> str:
-    """The first family that computes exactly what this config says.
+def native_family(config: MoaiConfig, family: str | None = None) -> str:
+    """The first family that computes exactly what this config says, or `family`, if it does.
 
     Raises:
         ValueError: none does; the message gives each family's reason.
     """
-    reasons = {}
-    for name, family in FAMILIES.items():
-        reason = _refuse_all(config) or family.refuse(config)
-        if reason is None:
-            return name
-        reasons[name] = reason
-    lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
-    raise ValueError(f"no transformers class computes this model:\n{lines}")
+    reasons = refusals(config)
+    if family is not None:
+        if family not in reasons:
+            raise ValueError(f"{family!r} is none of the families {', '.join(reasons)}{did_you_mean(family, reasons)}")
+        if reasons[family] is not None:
+            raise ValueError(f"{family}: {reasons[family]}")
+        return family
+    fits = next((name for name, reason in reasons.items() if reason is None), None)
+    if fits is None:
+        lines = "\n".join(f"  {name}: {reason}" for name, reason in reasons.items())
+        raise ValueError(f"no transformers class computes this model:\n{lines}")
+    return fits
 
 
+@torch.no_grad()
 def to_native(model: MoaiForCausalLM, family: str | None = None) -> transformers.PreTrainedModel:
-    """A transformers model with the same logits. `family` is chosen by `native_family` when None."""
-    config = model.config
-    name = family or native_family(config)
-    reason = _refuse_all(config) or FAMILIES[name].refuse(config)
-    if reason is not None:
-        raise ValueError(f"{name}: {reason}")
-    chosen = FAMILIES[name]
-    fields = {**_common_fields(config), **chosen.to_config(config)}
+    """A transformers model with the same logits. `family` is chosen by `native_family` when None.
+
+    Raises:
+        ValueError: the family, or any, cannot compute this model.
+    """
+    name = native_family(model.config, family)
+    chosen, (config, ours) = FAMILIES[name], prepared(model, name)
+    fields = {**{name: getattr(config, name) for name in SHARED_FIELDS}, **chosen.to_config(config)}
     native = getattr(transformers, chosen.model_class)(getattr(transformers, chosen.config_class)(**fields))
-    ours, weights = model.state_dict(), {}
+    weights = {}
     for theirs, keys in _grouped(_pairs(config, chosen)).items():
         tensors = [ours[key] for key in keys]
         weights[theirs] = tensors[0][:, None] if theirs.endswith("conv1d.weight") else torch.cat(tensors)
@@ -93,8 +84,24 @@ def to_native(model: MoaiForCausalLM, family: str | None = None) -> transformers
     return native.to(model.dtype).train(model.training)
 
 
+def prepared(model: MoaiForCausalLM, family: str) -> tuple[MoaiConfig, dict[str, Tensor]]:
+    """Config and weights that a family holds: the model's, and those of a layer that adds nothing where it needs one
+    more, see `Family.prepare`.
+    """
+    config, state = FAMILIES[family].prepare(model.config), model.state_dict()
+    if config is not model.config:
+        with torch.device("meta"):
+            wanted = MoaiForCausalLM(config).state_dict()
+        for key, shape in wanted.items():
+            if key not in state:
+                full = torch.ones if key.endswith("norm.weight") else torch.zeros
+                state[key] = full(shape.shape, dtype=model.dtype, device=model.device)
+    return config, state
+
+
+@torch.no_grad()
 def from_native(native: transformers.PreTrainedModel) -> MoaiForCausalLM:
-    """Our model with the same logits as a Qwen3, Qwen3MoE, Mamba or Jamba model.
+    """Our model with the same logits as one of a class of `FAMILIES`.
 
     Raises:
         ValueError: another class, or a setting our bricks do not have.
@@ -110,20 +117,13 @@ def from_native(native: transformers.PreTrainedModel) -> MoaiForCausalLM:
     source = native.state_dict()
     weights: dict[str, Tensor] = {}
     for name, keys in _grouped(_pairs(config, family)).items():
+        if keys[0].endswith(family.zeros):
+            weights[keys[0]] = torch.zeros_like(model.get_parameter(keys[0]))
+            continue
         parts = source[name].squeeze(1)[None] if name.endswith("conv1d.weight") else source[name].chunk(len(keys))
         weights.update(zip(keys, parts))
     model.load_state_dict(weights, strict=True)
     return model.to(native.dtype).train(native.training)  # type: ignore[arg-type]
-
-
-SHARED_FIELDS = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "hidden_act", "initializer_range", "tie_word_embeddings",
-    "pad_token_id", "bos_token_id", "eos_token_id",
-)  # fmt: skip
-
-
-def _common_fields(config: MoaiConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in SHARED_FIELDS}
 
 
 def _pairs(config: MoaiConfig, family: Family) -> Iterator[tuple[str, str]]:
@@ -151,196 +151,3 @@ def _grouped(pairs: Iterator[tuple[str, str]]) -> dict[str, list[str]]:
     for ours, theirs in pairs:
         groups.setdefault(theirs, []).append(ours)
     return groups
-
-
-# ---------------------------------------------------------------- what each family can say
-
-
-def _refuse_all(config: MoaiConfig) -> str | None:
-    assert config.layer_types is not None and config.mlp_layer_types is not None
-    if config.norm_type != "rms_norm":
-        return "it has RMSNorm only"
-    if config.position_embedding == "learned":
-        return "it has no learned positions"
-    if config.mlp_bias or config.router_bias:
-        return "its channel mixers have no biases"
-    if not config.mlp_gated and set(config.mlp_layer_types) != {"none"}:
-        return "its channel mixers are gated (SwiGLU)"
-    return None
-
-
-def _refuse_qwen3(config: MoaiConfig) -> str | None:
-    assert config.layer_types is not None and config.mlp_layer_types is not None
-    if "linear_attention" in config.layer_types:
-        return "it has no Mamba layers"
-    if "none" in config.mlp_layer_types:
-        return "every layer has a channel mixer"
-    if not config.use_qk_norm:
-        return "it always normalises queries and keys"
-    if config.position_embedding != "rope":
-        return "it always uses RoPE"
-    return "it has no experts" if "sparse" in config.mlp_layer_types else None
-
-
-def _qwen3_fields(config: MoaiConfig) -> dict[str, Any]:
-    names = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-             "rope_parameters", "rms_norm_eps", "attention_bias")  # fmt: skip
-    fields = {name: getattr(config, name) for name in names}
-    return {**fields, "layer_types": config.layer_types, "sliding_window": config.sliding_window,
-            "use_sliding_window": config.sliding_window is not None}  # fmt: skip
-
-
-def _from_qwen3(theirs: Any) -> dict[str, Any]:
-    names = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
-             "rope_parameters", "rms_norm_eps", "attention_bias", "sliding_window")  # fmt: skip
-    fields = {name: getattr(theirs, name) for name in names}
-    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
-    return {**fields, "head_dim": head_dim, "use_qk_norm": True, "layer_types": getattr(theirs, "layer_types", None)}
-
-
-def _refuse_qwen3_moe(config: MoaiConfig) -> str | None:
-    assert config.layer_types is not None and config.mlp_layer_types is not None
-    dense = MoaiConfig(**{**config.to_dict(), "mlp_layer_types": ["dense"]})
-    if (reason := _refuse_qwen3(dense)) is not None or "none" in config.mlp_layer_types:
-        return reason or "every layer has a channel mixer"
-    if "sliding_attention" in config.layer_types:
-        return "its attention is full in every layer"
-    return None
-
-
-def _qwen3_moe_fields(config: MoaiConfig) -> dict[str, Any]:
-    assert config.mlp_layer_types is not None
-    fields = _qwen3_fields(config)
-    fields.pop("layer_types")
-    names = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
-    # transformers counts the share per token, we per selection: its loss is K times ours
-    return {**fields, **{name: getattr(config, name) for name in names},
-            "router_aux_loss_coef": config.router_aux_loss_coef / config.num_experts_per_tok,
-            "mlp_only_layers": [i for i, kind in enumerate(config.mlp_layer_types) if kind == "dense"]}  # fmt: skip
-
-
-def _from_qwen3_moe(theirs: Any) -> dict[str, Any]:
-    def kind(i: int) -> str:
-        sparse = i not in theirs.mlp_only_layers and (i + 1) % theirs.decoder_sparse_step == 0
-        return "sparse" if sparse else "dense"
-
-    fields = {**_from_qwen3(theirs), **_from_experts(theirs), "layer_types": ["full_attention"]}
-    return {**fields, "moe_intermediate_size": theirs.moe_intermediate_size, "norm_topk_prob": theirs.norm_topk_prob,
-            "mlp_layer_types": [kind(i) for i in range(theirs.num_hidden_layers)]}  # fmt: skip
-
-
-def _from_experts(theirs: Any) -> dict[str, Any]:
-    return {"num_experts": theirs.num_experts, "num_experts_per_tok": theirs.num_experts_per_tok,
-            "router_aux_loss_coef": theirs.router_aux_loss_coef * theirs.num_experts_per_tok}  # fmt: skip
-
-
-def _refuse_mamba(config: MoaiConfig) -> str | None:
-    assert config.layer_types is not None and config.mlp_layer_types is not None
-    if set(config.layer_types) != {"linear_attention"} or set(config.mlp_layer_types) != {"none"}:
-        return "it is Mamba layers alone, without channel mixers"
-    return "it has no norm on dt, B and C" if config.ssm_norm else None
-
-
-def _mamba_fields(config: MoaiConfig) -> dict[str, Any]:
-    return {"state_size": config.ssm_state_size, "conv_kernel": config.conv_kernel_size, "expand": config.ssm_expand,
-            "time_step_rank": config.ssm_dt_rank, "use_conv_bias": config.conv_bias,
-            "layer_norm_epsilon": config.rms_norm_eps}  # fmt: skip
-
-
-def _from_mamba(theirs: Any) -> dict[str, Any]:
-    if theirs.use_bias:
-        raise ValueError("MambaConfig.use_bias: our Mamba has no biases on its projections")
-    return {"ssm_state_size": theirs.state_size, "conv_kernel_size": theirs.conv_kernel, "ssm_expand": theirs.expand,
-            "ssm_dt_rank": theirs.time_step_rank, "conv_bias": theirs.use_conv_bias, "ssm_norm": False,
-            "rms_norm_eps": theirs.layer_norm_epsilon, "layer_types": ["linear_attention"],
-            "mlp_layer_types": ["none"]}  # fmt: skip
-
-
-def _refuse_jamba(config: MoaiConfig) -> str | None:
-    assert config.layer_types is not None and config.mlp_layer_types is not None
-    if "linear_attention" not in config.layer_types or "full_attention" not in config.layer_types:
-        return "it has both Mamba and attention layers"
-    if "none" in config.mlp_layer_types or "sliding_attention" in config.layer_types:
-        return "every layer has a channel mixer, and its attention is full"
-    if config.position_embedding != "none" or config.use_qk_norm or config.attention_bias:
-        return "its attention has no positions, no QK-norm and no biases"
-    if not config.ssm_norm:
-        return "its Mamba normalises dt, B and C"
-    if "sparse" in config.mlp_layer_types:
-        if config.norm_topk_prob:
-            return "its routing weights are not renormalised (norm_topk_prob: false)"
-        if config.moe_intermediate_size != config.intermediate_size:
-            return "its experts are as wide as its dense layers"
-    attention = [kind == "full_attention" for kind in config.layer_types]
-    sparse = [kind == "sparse" for kind in config.mlp_layer_types]
-    if _period(attention) is None or (any(sparse) and _period(sparse) is None):
-        return "its attention and sparse layers come at fixed periods"
-    return None
-
-
-def _period(flags: list[bool]) -> tuple[int, int] | None:
-    """(period, offset) with flags[i] == (i % period == offset), the smallest there is."""
-    for period in range(1, len(flags) + 1):
-        for offset in range(period):
-            if flags == [i % period == offset for i in range(len(flags))]:
-                return period, offset
-    return None
-
-
-def _jamba_fields(config: MoaiConfig) -> dict[str, Any]:
-    assert config.layer_types is not None and config.mlp_layer_types is not None
-    attention = _period([kind == "full_attention" for kind in config.layer_types])
-    sparse = _period([kind == "sparse" for kind in config.mlp_layer_types])
-    assert attention is not None
-    names = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings",
-             "rms_norm_eps", "num_experts_per_tok")  # fmt: skip
-    period, offset = sparse or (1, 0)
-    return {**{name: getattr(config, name) for name in names}, "num_experts": config.num_experts if sparse else 1,
-            "router_aux_loss_coef": config.router_aux_loss_coef / config.num_experts_per_tok,
-            "attn_layer_period": attention[0], "attn_layer_offset": attention[1],
-            "expert_layer_period": period, "expert_layer_offset": offset,
-            "mamba_d_state": config.ssm_state_size, "mamba_d_conv": config.conv_kernel_size,
-            "mamba_expand": config.ssm_expand, "mamba_dt_rank": config.ssm_dt_rank,
-            "mamba_conv_bias": config.conv_bias}  # fmt: skip
-
-
-def _from_jamba(theirs: Any) -> dict[str, Any]:
-    if theirs.mamba_proj_bias:
-        raise ValueError("JambaConfig.mamba_proj_bias: our Mamba has no biases on its projections")
-    names = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "max_position_embeddings",
-             "rms_norm_eps")  # fmt: skip
-    return {**{name: getattr(theirs, name) for name in names}, **_from_experts(theirs),
-            "head_dim": getattr(theirs, "head_dim", None), "layer_types": theirs.layer_types,
-            "mlp_layer_types": ["sparse" if n > 1 else "dense" for n in theirs.layers_num_experts],
-            "ssm_state_size": theirs.mamba_d_state, "conv_kernel_size": theirs.mamba_d_conv,
-            "ssm_expand": theirs.mamba_expand, "ssm_dt_rank": theirs.mamba_dt_rank,
-            "conv_bias": theirs.mamba_conv_bias, "ssm_norm": True, "norm_topk_prob": False, "use_qk_norm": False,
-            "position_embedding": "none"}  # fmt: skip
-
-
-_MODEL_TOP = {"model.embed_tokens.weight": "model.embed_tokens.weight"}
-_QWEN3_NORMS = {"mixer": "input_layernorm.weight", "mlp": "post_attention_layernorm.weight"}
-_QWEN3_NAMES = {"base": "model", "mlp": "mlp", "router": "gate"}
-
-FAMILIES: dict[str, Family] = {
-    "qwen3": Family(
-        "Qwen3ForCausalLM", "Qwen3Config", _QWEN3_NAMES, _MODEL_TOP | {"model.norm.weight": "model.norm.weight"},
-        _QWEN3_NORMS, _refuse_qwen3, _qwen3_fields, _from_qwen3,
-    ),
-    "qwen3_moe": Family(
-        "Qwen3MoeForCausalLM", "Qwen3MoeConfig", _QWEN3_NAMES, _MODEL_TOP | {"model.norm.weight": "model.norm.weight"},
-        _QWEN3_NORMS, _refuse_qwen3_moe, _qwen3_moe_fields, _from_qwen3_moe,
-    ),
-    "mamba": Family(
-        "MambaForCausalLM", "MambaConfig", {"base": "backbone", "mixer": "mixer"},
-        {"model.embed_tokens.weight": "backbone.embeddings.weight", "model.norm.weight": "backbone.norm_f.weight"},
-        {"mixer": "norm.weight"}, _refuse_mamba, _mamba_fields, _from_mamba,
-    ),
-    "jamba": Family(
-        "JambaForCausalLM", "JambaConfig",
-        {"base": "model", "mixer": "mamba", "mlp": "feed_forward", "router": "router"},
-        _MODEL_TOP | {"model.norm.weight": "model.final_layernorm.weight"},
-        {"mixer": "input_layernorm.weight", "mlp": "pre_ff_layernorm.weight"},
-        _refuse_jamba, _jamba_fields, _from_jamba,
-    ),
-}  # fmt: skip

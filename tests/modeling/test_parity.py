@@ -41,6 +41,19 @@ def jamba():  # type: ignore[no-untyped-def]
     return transformers.JambaForCausalLM(config)
 
 
+def attention_only(kind: str, **changes):  # type: ignore[no-untyped-def]
+    config = getattr(transformers, f"{kind}Config")(
+        **{**SMALL, "hidden_size": 64}, **HEADS, intermediate_size=128, **changes
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # which begin at zero
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}  # fmt: skip
 NATIVE = {
     "qwen3": qwen3,
     "qwen3 with biases, tied": lambda: qwen3(attention_bias=True, tie_word_embeddings=True),
@@ -50,8 +63,19 @@ NATIVE = {
         max_position_embeddings=64,
     ),
     "qwen3_moe": qwen3_moe,
+    "llama with biases, tied, and Llama 3's rope": lambda: attention_only(
+        "Llama", attention_bias=True, tie_word_embeddings=True, rope_parameters=LLAMA3, head_dim=16
+    ),
+    "mistral": lambda: attention_only("Mistral", sliding_window=7),
+    "mixtral": lambda: attention_only("Mixtral", num_local_experts=5, num_experts_per_tok=2),
+    "mixtral with a window": lambda: attention_only("Mixtral", num_local_experts=5, sliding_window=7),
     "mamba": mamba,
     "jamba": jamba,
+}
+# these arrive as models that leave as something else
+ARRIVING = {
+    "qwen2": (lambda: attention_only("Qwen2"), "llama"),
+    "mistral without a window": (lambda: attention_only("Mistral", sliding_window=None), "llama"),
 }
 
 
@@ -76,6 +100,37 @@ def test_logits_are_equal_in_both_directions(name: str) -> None:
     assert ours.config.parameters()["total"] == sum(p.numel() for p in ours.parameters())
 
 
+@pytest.mark.parametrize("name", ARRIVING)
+def test_some_arrive_as_one_family_and_leave_as_another(name: str) -> None:
+    torch.manual_seed(0)
+    make, leaves = ARRIVING[name]
+    native = make().eval()
+    ids = torch.randint(0, 97, (2, 23))
+    with torch.no_grad():
+        expected, ours = native(ids).logits, from_native(native)
+        assert (ours(ids).logits - expected).abs().max() < 5e-6
+        assert native_family(ours.config) == leaves
+        assert (to_native(ours)(ids).logits - expected).abs().max() < 5e-6
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mlps", [["dense"], ["dense", "sparse"], ["sparse", "dense"]])
+def test_mamba_with_channel_mixers_leaves_as_jamba_with_a_layer_that_does_nothing(mlps: list[str]) -> None:
+    changes = {"layer_types": ["linear_attention"], "mlp_layer_types": mlps, "norm_topk_prob": False,
+               "moe_intermediate_size": 48}  # fmt: skip
+    model = tiny_model(num_hidden_layers=3, **changes).float()
+    native = to_native(model, "jamba")
+    ids = torch.randint(0, 61, (1, 19))
+    assert native.config.num_hidden_layers == 4 and native.config.layer_types[-1] == "full_attention"
+    with torch.no_grad():
+        assert (native(ids).logits - model(ids).logits).abs().max() < 1e-5
+        both = [m.generate(ids, max_new_tokens=8, do_sample=False, pad_token_id=0) for m in (model, native)]
+        assert torch.equal(*both)  # through transformers' cache, which a Jamba without attention breaks
+        added = native.model.layers[3]
+        added.feed_forward = type(native.model.layers[0].feed_forward)(native.config)  # control: not zero
+        assert (native(ids).logits - model(ids).logits).abs().max() > 1e-3
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_trained_hybrid_of_ours_leaves_as_jamba() -> None:
     changes = {"layer_types": ["linear_attention", "full_attention"], "mlp_layer_types": ["dense", "sparse"],
@@ -89,14 +144,16 @@ def test_a_trained_hybrid_of_ours_leaves_as_jamba() -> None:
 
 def test_what_has_no_native_class_is_refused_with_reasons() -> None:
     with pytest.raises(ValueError) as caught:
-        native_family(tiny_config("linear_attention", "dense"))
+        native_family(tiny_config("linear_attention", "dense", layer_types=["linear_attention", "full_attention"]))
     assert all(f"{family}: " in str(caught.value) for family in FAMILIES)
     with pytest.raises(ValueError, match="jamba: its attention has no positions"):
         to_native(tiny_model(layer_types=["linear_attention", "full_attention"]), "jamba")
-    with pytest.raises(ValueError, match="LlamaForCausalLM cannot be imported"):
-        from_native(
-            transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **HEADS, head_dim=16, intermediate_size=32))
-        )
+    with pytest.raises(ValueError, match="did you mean 'qwen3'"):
+        native_family(tiny_config(), "qwen")
+    with pytest.raises(ValueError, match="OlmoForCausalLM cannot be imported"):
+        from_native(transformers.OlmoForCausalLM(transformers.OlmoConfig(**SMALL, **HEADS, intermediate_size=32)))
+    with pytest.raises(ValueError, match="mlp_bias"):
+        from_native(attention_only("Llama", mlp_bias=True))
 
 
 def test_which_presets_leave_natively() -> None:
@@ -109,5 +166,5 @@ def test_which_presets_leave_natively() -> None:
     assert leaving["moai-3b"] == leaving["moai-2b"] == "qwen3"
     assert leaving["moai-mamba-pure-0.9b"] == "mamba"
     assert leaving["moai-hybrid-1.7b"] == leaving["moai-hybrid-moe-0.8b"] == leaving["quickstart"] == "jamba"
-    assert leaving["moai-mamba-2b"] is None  # Mamba and SwiGLU without any attention layer: no class has that
+    assert leaving["moai-mamba-2b"] == leaving["moai-mamba-16b-tiny"] == "jamba"  # with one layer of zeros
     assert leaving["blues-01"] is leaving["khanh-692m"] is None
