@@ -103,7 +103,7 @@ def sweep(
     factor each step, until the loss has broken.
 
     Args:
-        keep: false where nobody needs the model afterwards: it is then trained itself, which saves the memory of a copy.
+        keep: false where nobody needs the model afterwards: it is then trained itself, which saves a copy.
     """
     rows = max(1, recipe.train.batch_tokens // recipe.data.seq_len)
     rates: list[float] = []
