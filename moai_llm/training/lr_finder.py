@@ -107,6 +107,7 @@ def sweep(
 
     Args:
         keep: false where nobody needs the model afterwards: it is then trained itself, without a copy.
+        keep: false where nobody needs the model afterwards: it is then trained itself, which saves a copy.
     """
     rates: list[float] = []
     losses: list[float] = []
