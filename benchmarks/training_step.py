@@ -194,7 +194,7 @@ def defaults(rounds: int) -> Table:
     rows: dict[str, Any] = {"input_ids": ids, "labels": labels, "position_ids": position_ids, "seq_idx": seq_idx}
 
     def our_step() -> float:
-        return train_step(own, optimizer, precision, [rows], lr=1e-4, max_grad_norm=1.0).loss
+        return train_step(own, optimizer, precision, [rows], lr=1e-4, max_grad_norm=1.0).numbers["objective"]
 
     def their_step() -> float:
         loss = peer(input_ids=ids, labels=labels, position_ids=position_ids, use_cache=False).loss

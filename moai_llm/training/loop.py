@@ -52,7 +52,7 @@ class Trained(NamedTuple):
 
 @dataclass
 class StepResult:
-    numbers: dict[str, float]  # of the objective, `loss` among them
+    numbers: dict[str, float]  # what the objective says of the step, see `MicroBatch`
     grad_norm: float
     targets: int
     expert_load: Tensor | None  # (sparse layers, E) share of all selections in this step
