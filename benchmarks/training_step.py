@@ -195,7 +195,7 @@ def defaults(rounds: int) -> Table:
     rows: dict[str, Any] = {"input_ids": ids, "labels": labels, "position_ids": position_ids, "seq_idx": seq_idx}
 
     def our_step() -> float:
-        return train_step(own, optimizer, precision, [rows], lr=1e-4, clip=clip).loss
+        return train_step(own, optimizer, precision, [rows], lr=1e-4, clip=clip).numbers["objective"]
 
     def their_step() -> float:
         loss = peer(input_ids=ids, labels=labels, position_ids=position_ids, use_cache=False).loss

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from moai_llm.config import MoaiConfig
+from moai_llm.config import MoaiConfig, read_config
 from moai_llm.losses import DistillationLoss, Loss, PreferenceLoss, create_loss_function
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
@@ -59,7 +59,7 @@ def prepare_model(model: MoaiForCausalLM, recipe: Recipe, device: torch.device) 
     loss = _loss(recipe)
     if isinstance(loss, Loss):
         model.objective = loss
-    _require_positions(model, recipe.data.seq_len, "this model")
+    _require_positions(model.config, recipe.data.seq_len, "this model")
     model.to(device=device, dtype=torch.float32)  # type: ignore[call-arg]
     if recipe.train.activation_checkpointing:
         # transformers renamed the method; both turn on `GradientCheckpointingLayer`
@@ -92,13 +92,8 @@ def build_objective(recipe: Recipe, tokenizer: Tokenizer) -> Objective:
     if isinstance(loss, DistillationLoss):
         teacher = Path(recipe.loss.teacher or "")
         _require_tokenizer(teacher, tokenizer, "loss.teacher")
-
-        def load() -> MoaiForCausalLM:
-            model = _load(teacher, tokenizer, "loss.teacher")
-            _require_positions(model, recipe.data.seq_len, "loss.teacher")
-            return model
-
-        return Distillation(loss, tokenizer.vocab_size, teacher, load)
+        _require_positions(read_config(teacher / "config.json"), recipe.data.seq_len, "loss.teacher")
+        return Distillation(loss, tokenizer.vocab_size, teacher, partial(_load, teacher, tokenizer, "loss.teacher"))
     return NextToken()
 
 
@@ -109,11 +104,11 @@ def _loss(recipe: Recipe) -> Loss | DistillationLoss | PreferenceLoss:
         raise MoaiError(str(error)) from None
 
 
-def _require_positions(model: MoaiForCausalLM, seq_len: int, name: str) -> None:
-    if seq_len > model.config.max_position_embeddings and model.config.position_embedding == "learned":
+def _require_positions(config: MoaiConfig, seq_len: int, name: str) -> None:
+    if seq_len > config.max_position_embeddings and config.position_embedding == "learned":
         raise MoaiError(
-            f"data.seq_len {seq_len} is more than the {model.config.max_position_embeddings} learned positions of "
-            f"{name}: lower data.seq_len or raise model.max_position_embeddings"
+            f"data.seq_len {seq_len} is more than the {config.max_position_embeddings} learned positions of {name}: "
+            "lower data.seq_len or raise model.max_position_embeddings"
         )
 
 

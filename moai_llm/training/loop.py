@@ -48,7 +48,7 @@ class Trained(NamedTuple):
 
 @dataclass
 class StepResult:
-    numbers: dict[str, float]  # of the objective, `loss` among them
+    numbers: dict[str, float]  # what the objective says of the step, see `MicroBatch`
     grad_norm: float  # before clipping
     clip: float  # share of the norm that clipping left
     targets: int

@@ -28,7 +28,7 @@ class MicroBatch(NamedTuple):
     """A part of a step. All of it is divided by the counts of the whole step, so that the parts add up."""
 
     loss: Tensor  # () carries the gradient
-    numbers: dict[str, Tensor]  # () each; what is logged, `loss` among them
+    numbers: dict[str, Tensor]  # () each; what is logged, `loss` and `objective` (all of the loss) among them
 
 
 class Objective(Protocol):

@@ -38,6 +38,7 @@ class Preference:
     def __init__(self, loss: PreferenceLoss, recipe: Recipe, start: Callable[[], MoaiForCausalLM]) -> None:
         self.loss, self.recipe, self.start = loss, recipe, start
         self.reference: Tensor | None = None  # (pairs, 2)
+        self._of_model = ""
 
     def identity(self) -> dict[str, str]:
         if not self.loss.needs_reference:
@@ -47,8 +48,11 @@ class Preference:
     def _starting_model(self, store: Store) -> str:
         """The fingerprint of train.init_from; where that is gone by now, the one that was kept with its numbers."""
         directory = Path(self.recipe.train.init_from or "")
+        if self._of_model:
+            return self._of_model
         if (directory / "config.json").is_file():
-            return fingerprint_of(directory)
+            self._of_model = fingerprint_of(directory)
+            return self._of_model
         kept = reference.origin_of(file_of(Path(self.recipe.train.out), store.fingerprint)).get("model")
         if kept is None:
             raise MoaiError(
@@ -71,7 +75,7 @@ class Preference:
                 models.append(self.start().to(precision.device))  # type: ignore[arg-type]
             return models[0]
 
-        self.reference = self._reference(store, of_model, precision, starting_model, quiet)
+        self.reference = self._reference(store, of_model, precision, starting_model, quiet).to(precision.device)
         valid = self.recipe.data.valid
         if valid and Store(valid).manifest.kind == "preference":
             self._reference(Store(valid), of_model, precision, starting_model, quiet)
@@ -85,9 +89,10 @@ class Preference:
         if not self.loss.needs_reference or self.reference is not None:
             return
         pairs, file = len(store) // 2, file_of(Path(self.recipe.train.out), store.fingerprint)
-        self.reference = reference.read(file, self._origin(store, self._starting_model(store), precision), pairs)
-        if self.reference is None:
+        found = reference.read(file, self._origin(store, self._starting_model(store), precision), pairs)
+        if found is None:
             raise MoaiError(f"{file} is gone: go on with --resume, which computes it again")
+        self.reference = found.to(precision.device)
 
     def _origin(self, store: Store, of_model: str, precision: Precision) -> Origin:
         data = self.recipe.data
@@ -135,7 +140,7 @@ class Preference:
         there, known = batch["pairs"] >= 0, None
         if self.loss.needs_reference:
             assert self.reference is not None
-            known = self.reference.to(log_probs.device)[batch["pairs"].clamp_min(0)].flatten(0, 1)
+            known = self.reference.to(there.device)[batch["pairs"].clamp_min(0)].flatten(0, 1)
         found = self.loss(log_probs.flatten(0, 1), lengths.flatten(0, 1), known)
 
         def mean(values: Tensor) -> Tensor:

@@ -108,7 +108,10 @@ def test_teachers_that_do_not_fit(make_recipe: MakeRecipe) -> None:
         make_recipe("loss.type=focal", "loss.teacher=runs/x")
     with pytest.raises(MoaiError, match="loss.teacher: /nowhere is not a model directory"):
         train(make_recipe("loss.type=distillation", "loss.teacher=/nowhere"), quiet=True)
-    teacher = train(make_recipe("train.steps=1", out="teacher"), quiet=True)
+    short = ("train.steps=1", "model.max_position_embeddings=32")
+    teacher = train(make_recipe(*short, name="khanh-692m-tiny", out="teacher"), quiet=True)
+    with pytest.raises(MoaiError, match="64 is more than the 32 learned positions of loss.teacher"):
+        train(make_recipe("loss.type=distillation", f"loss.teacher={teacher}", "data.seq_len=64", out="x"), quiet=True)
     train_tokenizer(["another text with other words " * 9], 270).save(teacher)
     with pytest.raises(MoaiError, match="prepared with another tokenizer than .*step-00000001"):
         train(make_recipe("loss.type=distillation", f"loss.teacher={teacher}", out="x"), quiet=True)

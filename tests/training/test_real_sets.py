@@ -44,10 +44,10 @@ def test_answers_and_then_preferences_are_learned(tmp_path: Path) -> None:
     assert answers[-1] < answers[0] - 0.5 and answers[-1] < math.log(2048) - 2
 
     main(["train", "quickstart", f"data.train={pairs[0]}", f"data.valid={pairs[1]}", f"train.out={tmp_path / 'dpo'}",
-          f"train.init_from={tmp_path / 'sft'}", "loss.type=dpo", "data.seq_len=2000", "train.steps=30",
-          "optim.lr=2e-4", "eval.rows=null", *SMALL[4:]])  # fmt: skip
+          f"train.init_from={tmp_path / 'sft'}", "loss.type=dpo", "loss.params.beta=0.03", "data.seq_len=2000",
+          "train.steps=30", "optim.lr=2e-4", "eval.rows=null", *SMALL[4:]])  # fmt: skip
     steps = [row for row in read_metrics(tmp_path / "dpo" / "metrics.jsonl") if "loss" in row]
     losses, accuracy = (evaluations(tmp_path / "dpo", key) for key in ("eval_loss", "eval_reward_accuracy"))
     print(json.dumps({"answers": answers, "pairs": losses, "accuracy": accuracy}))
     assert math.isclose(steps[0]["loss"], math.log(2), abs_tol=1e-4)
-    assert losses[-1] < math.log(2) - 0.05 and accuracy[-1] > 0.6
+    assert losses[-1] < math.log(2) - 0.02 and accuracy[-1] > 0.6
