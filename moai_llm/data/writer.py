@@ -67,6 +67,7 @@ class StoreWriter:
         self._work = work or self.out.with_name(f".tmp-{self.out.name}-{os.getpid()}")
         self._files: dict[str, _File] = {}
         self._tokens = self._documents = 0  # of the open shard
+        self._is_finished = False
         if mark is None:
             shutil.rmtree(self._work, ignore_errors=True)
             (self._work / "shards").mkdir(parents=True)
@@ -152,11 +153,13 @@ class StoreWriter:
             file.sync()
         open_files = {suffix: file.size for suffix, file in self._files.items()}
         counts = {"tokens": self._tokens, "documents": self._documents}
-        return {"manifest": asdict(self.manifest), "open": open_files, **counts}
+        return {"manifest": asdict(self.manifest), "finished": self._is_finished, "open": open_files, **counts}
 
     def _go_on(self, mark: dict[str, Any]) -> None:
         """Back to where the mark was taken: what was written behind it is cut off."""
-        self.manifest = Manifest(**mark["manifest"])
+        self.manifest, self._is_finished = Manifest(**mark["manifest"]), mark["finished"]
+        if self._is_finished:
+            return
         self._tokens, self._documents = mark["tokens"], mark["documents"]
         sizes = {name: d["bytes"] for shard in self.manifest.shards for name, d in shard["files"].items()}
         opened = {f"{self._stem()}.{suffix}": size for suffix, size in mark["open"].items()}
@@ -189,6 +192,7 @@ class StoreWriter:
         close_synced(file)
         for folder in (self._work / "tokenizer", self._work / "shards", self._work):
             sync_folder(folder)
+        self._is_finished = True
         return self.manifest
 
     def publish(self) -> None:
@@ -295,7 +299,5 @@ def sync_folder(folder: Path) -> None:
 def _header(count: int) -> bytes:
     """What `np.save` puts before so many borders; its length does not depend on them."""
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        header, {"descr": BORDER.str, "fortran_order": False, "shape": (count,)}
-    )
+    np.lib.format.write_array_header_1_0(header, {"descr": BORDER.str, "fortran_order": False, "shape": (count,)})
     return header.getvalue()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from moai_llm.runtime import MoaiError, did_you_mean
+from moai_llm.runtime import MoaiError, did_you_mean, processors
 from moai_llm.tokenizer.definition import bytes_reader, clean, encode_all, plain_backend
 
 PAD, END_OF_TEXT, TURN_START, TURN_END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -131,7 +130,7 @@ class Tokenizer:
         texts = list(texts)
         if self._twin is None:
             return encode_all(self._plain, texts)
-        threads = threads or _processors()
+        threads = threads or processors()
         if threads == 1 or sum(map(len, texts)) < WORTH_THREADS:
             return [self.encode(text) for text in texts]
         step = -(-len(texts) // (4 * threads))  # a few chunks each, so that one long text does not keep all waiting
@@ -230,10 +229,6 @@ class Tokenizer:
         if self.chat_template is not None:
             (path / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
         return path
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -56,7 +56,7 @@ def _expand(given: str, skipped: Skipped) -> list[Source]:
     if "\0" in given:
         raise MoaiError(f"{printable(given)}: a path cannot have NUL in it")
     if given == STDIN:
-        return [Source("standard input", None, _read_stdin, once=True)]
+        return [Source("standard input", None, _read_stdin, once=True, here=True)]
     if given.startswith("hf:") and not given.startswith("hf://"):
         return [hub_source(given)]
     if given.startswith(("git:", "git+")):

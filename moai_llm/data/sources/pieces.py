@@ -33,10 +33,11 @@ class Piece(NamedTuple):
     end: int = 0
 
 
-def slices(sources: Iterable[Source], reading: Reading, size: int = PIECE_BYTES) -> Iterator[list[Piece]]:
-    """All of the sources in order, as portions of work of about `size` stored bytes: a piece of one source, or several
-    small sources. What cannot be cut is one portion, however large.
+def slices(sources: Iterable[Source], reading: Reading) -> Iterator[list[Piece]]:
+    """All of the sources in order, as portions of work of about `PIECE_BYTES`: a piece of one source, or several small
+    sources. What cannot be cut is one portion, however large.
     """
+    size = PIECE_BYTES
     small: list[Piece] = []
     for source in sources:
         pieces = cut(source, reading, size)
@@ -52,8 +53,8 @@ def slices(sources: Iterable[Source], reading: Reading, size: int = PIECE_BYTES)
         yield small
 
 
-def cut(source: Source, reading: Reading, size: int = PIECE_BYTES) -> list[Piece]:
-    """The pieces of a source."""
+def cut(source: Source, reading: Reading, size: int) -> list[Piece]:
+    """The pieces of a source, of about `size` stored bytes."""
     kind = kind_of(source.path.name) if source.path is not None else None
     if source.path is None or kind is None or kind.compression or source.size is None or source.size < 2 * size:
         return [Piece(source)]

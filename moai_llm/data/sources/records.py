@@ -37,6 +37,7 @@ class Source(NamedTuple):
     size: int | None  # bytes as they are stored, None where only reading would tell
     read: Callable[[Reading, Skipped], Iterator[Record]]
     once: bool = False  # it cannot be read a second time
+    here: bool = False  # only this process can read it
     origin: str = ""  # what the user wrote, without secrets; a repository with its commit
     path: Path | None = None  # of a file on this machine
     version: str = ""  # changes when its content does, as far as that can be told without reading it
@@ -97,9 +98,12 @@ class Skipped:
         self._bad: dict[tuple[str, str], Row] = {}
         self._left_out: Counter[tuple[str, str]] = Counter()
 
+    def account(self) -> Account:
+        return Account(list(self._bad.values()), [(*key, count) for key, count in self._left_out.items()])
+
     def take(self) -> Account:
-        """What was counted since the last time, which is then forgotten."""
-        account = Account(list(self._bad.values()), [(*key, count) for key, count in self._left_out.items()])
+        """The account, which then begins anew."""
+        account = self.account()
         self.bad_count, self._bad, self._left_out = 0, {}, Counter()
         return account
 

@@ -93,7 +93,8 @@ def _source(files: Any, path: str, name: str) -> Source:
         raise MoaiError(f"{name}: {_words(error)}") from error
     size = None if info.get("size") is None else int(info["size"])
     version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
-    return Source(name, size, partial(_read, files, path, name), version=version)
+    here = "memory" in files.protocol if isinstance(files.protocol, tuple) else files.protocol == "memory"
+    return Source(name, size, partial(_read, files, path, name), here=here, version=version)
 
 
 def _read(files: Any, path: str, name: str, reading: Reading, skipped: Skipped) -> Iterator[Record]:

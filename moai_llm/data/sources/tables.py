@@ -66,9 +66,7 @@ def read_arrow(file: BinaryIO, name: str, reading: Reading, skipped: Skipped) ->
     yield from _rows(batches, reading.select(table.schema.names), name, skipped)
 
 
-def _rows(
-    batches: Iterator[Any], columns: list[str], name: str, skipped: Skipped, number: int = 0
-) -> Iterator[Record]:
+def _rows(batches: Iterator[Any], columns: list[str], name: str, skipped: Skipped, number: int = 0) -> Iterator[Record]:
     """The rows of record batches, counted from `number`. pyarrow checks nothing of a damaged page until it gets
     there.
     """
