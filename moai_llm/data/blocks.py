@@ -1,7 +1,7 @@
 """What is done to the records of a source on their way into a store, and the blocks of tokens that come of it.
 
-A block is a few hundred documents, with all that is to be counted of them. It depends on the job and on its slice of the
-sources alone, never on which process makes it, or on what was made before.
+A block is a few hundred documents, with all that is to be counted of them. It depends on the job and on its slice of
+the sources alone, never on which process makes it, or on what was made before.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Block(NamedTuple):
     broken: list[int]
     of: tuple[str, int] = ("", 0)
     skipped: Account = Account([], [])
-    unclean: dict[str, int] = {}  # noqa: RUF012 - never changed
+    unclean: dict[str, int] = {}
     bytes_read: int = 0
     lines: int = 0
     is_last: bool = False
@@ -156,7 +156,9 @@ class Encoder:
             for block in encode_items(self.job, items, tally.skipped, number=number + skip, threads=self._threads):
                 yield block._replace(of=of, **tally.take())
         except MoaiError as error:
-            raise PieceError(str(error), of) if of[0] else error
+            if not of[0]:
+                raise
+            raise PieceError(str(error), of) from None
         yield _Found(self.job).block(0)._replace(of=of, **tally.take(), lines=tally.lines, is_last=True)
 
     def count(self, pieces: Sequence[Piece]) -> int:
@@ -324,7 +326,8 @@ class _Found:
         learn = None
         if self._job.kind != "text":
             learn = np.concatenate([np.zeros(0, np.uint8), *self._learn])
-        return Block(records, held, ids, learn, *facts, list(dropped), list(broken))
+        lengths, text_bytes, record, marks = facts
+        return Block(records, held, ids, learn, lengths, text_bytes, record, marks, list(dropped), list(broken))
 
 
 def read_ahead(source: Source) -> Source:

@@ -1,7 +1,7 @@
 """Blocks, in their order, into one store or two, and the account of what became of every record.
 
-All that it has counted can be written down as plain values and taken up again, so that a run that goes on says at its end
-what one that was never stopped would say.
+All that it has counted can be written down as plain values and taken up again, so that a run that goes on says at its
+end what one that was never stopped would say.
 """
 
 from __future__ import annotations
@@ -165,5 +165,6 @@ class Collector:
         made = {}
         for name, side in self.sides.items():
             read, dropped = side.read + self.unclean.total(), side.dropped + self.unclean
-            made[name] = Report(side.writer.manifest, read, dropped, self.skipped, **side.marked)
+            code, filled, cut = (side.marked[name] for name in ("code", "filled", "cut"))
+            made[name] = Report(side.writer.manifest, read, dropped, self.skipped, code, filled, cut)
         return made

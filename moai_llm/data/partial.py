@@ -94,7 +94,7 @@ class Partial:
         self.is_saved = True
 
     def publish(self) -> None:
-        """Put the finished stores into their places, and forget the job. It may be called again after it was stopped."""
+        """Put the finished stores into their places, and forget the job. After a stop it may be called again."""
         for out in reversed(self.outs):
             if self.work(out).is_dir():
                 publish(self.work(out), out)

@@ -16,7 +16,7 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Any
+from typing import IO, Any, cast
 
 from moai_llm.data.blocks import Job, PieceError
 from moai_llm.data.worker import HEAD, START, Failure, Task, send
@@ -103,8 +103,8 @@ class _Worker:
             [sys.executable, "-c", START, json.dumps(sys.path)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
         )  # fmt: skip
-        assert isinstance(self.process.stdin, io.RawIOBase) and isinstance(self.process.stdout, io.RawIOBase)
-        self._input, self.output = io.BufferedWriter(self.process.stdin), self.process.stdout
+        self._input = io.BufferedWriter(cast(io.RawIOBase, self.process.stdin))
+        self.output = cast(IO[bytes], self.process.stdout)
         self.portion: _Portion | None = None  # at work
 
     def begin(self, task: Task) -> _Portion:

@@ -1,8 +1,8 @@
 """Sources to a token store: read, tokenise, write, count what was kept and what was not.
 
-The sources are cut into slices, several processes make blocks of tokens of them, and one takes the blocks in their order
-and writes them. So the store has the same bytes however many processes there are. Every few seconds it notes how far it
-is; a run that was killed, at any moment, goes on from there when it is started again.
+The sources are cut into slices, several processes make blocks of tokens of them, and one takes the blocks in their
+order and writes them. So the store has the same bytes however many processes there are. Every few seconds it notes how
+far it is; a run that was killed, at any moment, goes on from there when it is started again.
 """
 
 from __future__ import annotations
@@ -22,24 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from moai_llm import __version__
-from moai_llm.data.blocks import (
-    BATCH,
-    BATCH_SIZE,
-    Block,
-    Encoder,
-    Job,
-    Part,
-    PieceError,
-    Tally,
-    encode_items,
-    read_ahead,
-)
+from moai_llm.data import blocks
+from moai_llm.data.blocks import Block, Encoder, Job, Part, PieceError, Tally, encode_items, read_ahead
 from moai_llm.data.code import CodeOptions
 from moai_llm.data.collect import Collector, Report
 from moai_llm.data.partial import Partial
 from moai_llm.data.shards import Kind, refuse_existing
 from moai_llm.data.sources import Reading, Skipped, Source, expand
-from moai_llm.data.sources.pieces import PIECE_BYTES, slices
+from moai_llm.data.sources import pieces as cutting
+from moai_llm.data.sources.pieces import slices
 from moai_llm.data.writer import SHARD_TOKENS, StoreWriter
 from moai_llm.runtime import MoaiError, logger, processors
 from moai_llm.tokenizer import Tokenizer
@@ -48,7 +39,7 @@ if TYPE_CHECKING:
     from moai_llm.data.clean import Cleaner
     from moai_llm.data.sft import ChatOptions
 
-__all__ = ["BATCH", "Part", "Report", "prepare", "prepare_chats", "prepare_texts", "split", "split_texts"]
+__all__ = ["Part", "Report", "prepare", "prepare_chats", "prepare_texts", "split", "split_texts"]
 
 SMALL = 16 << 20  # bytes of sources that are read before other processes would have started
 SAVE_SECONDS = 5.0  # between two notes of how far it is
@@ -156,7 +147,7 @@ class _Run:
             "chat": None if job.chat is None else asdict(job.chat), "few": job.few, "every": job.every,
             "clean": None if job.clean is None else asdict(job.clean.config), "part": job.part,
             "valid": None if valid is None else str(valid.absolute()), "shard_tokens": self._shard_tokens,
-            "slices": [PIECE_BYTES, BATCH, BATCH_SIZE],
+            "slices": [cutting.PIECE_BYTES, blocks.BATCH, blocks.BATCH_SIZE],
         }  # fmt: skip
 
     def begin(self, state: dict[str, Any] | None) -> None:
@@ -179,8 +170,8 @@ class _Run:
         collector = self.collector
         assert collector is not None
         try:
-            with closing(self._in_processes(processes) if processes else self._here(threads)) as blocks:
-                for block in blocks:
+            with closing(self._in_processes(processes) if processes else self._here(threads)) as made:
+                for block in made:
                     self._is_between = False
                     collector.add(block)
                     self._is_between = True

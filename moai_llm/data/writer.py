@@ -1,8 +1,8 @@
 """Writes a token store; `shards.py` says what is in one and reads it.
 
-Documents go to the files of one open shard, which is finished when it holds enough tokens. At any moment `mark` says how
-far the store is, in a few numbers; a writer that is given them goes on from there, whatever else was written since. So a
-run that was killed can be continued, and what it makes has the bytes it would have had.
+Documents go to the files of one open shard, which is finished when it holds enough tokens. At any moment `mark` says
+how far the store is, in a few numbers; a writer that is given them goes on from there, whatever else was written since.
+So a run that was killed can be continued, and what it makes has the bytes it would have had.
 """
 
 from __future__ import annotations
@@ -234,7 +234,7 @@ class StoreWriter:
 
 
 class _File:
-    """A file that grows, with the checksum of what is in it. Where it exists, what is behind `size` bytes is cut off."""
+    """A file that grows, with the checksum of what is in it. Of one that exists, what is behind `size` is cut off."""
 
     def __init__(self, path: Path, size: int = 0) -> None:
         self.path, self.size = path, size
@@ -245,7 +245,7 @@ class _File:
             self._digest.update(block)
 
     def write(self, values: np.ndarray) -> None:
-        data = memoryview(np.ascontiguousarray(values)).cast("B")
+        data = np.ascontiguousarray(values).view(np.uint8).data
         self._file.write(data)
         self._digest.update(data)
         self.size += len(data)

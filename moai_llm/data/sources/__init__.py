@@ -70,7 +70,7 @@ def read_source(source: Source, reading: Reading, skipped: Skipped) -> Iterator[
 
 
 def read_piece(piece: Piece, reading: Reading, skipped: Skipped) -> Generator[Record, None, int]:
-    """`read_source` of a piece of it. Returns the number of lines that begin in the piece, 0 where they do not count."""
+    """`read_source` of a piece of it. Returns how many lines begin in the piece, 0 where that does not matter."""
     source, place, bad = piece.source, "", skipped.bad_count
     whole = piece.unit == "all"
     try:

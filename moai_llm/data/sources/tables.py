@@ -18,7 +18,9 @@ BATCH_ROWS = 1024
 def read_parquet(
     file: BinaryIO, name: str, reading: Reading, skipped: Skipped, groups: range | None = None
 ) -> Iterator[Record]:
-    """The rows of a Parquet file, or of some of its row groups; `file` must be seekable. Columns are read by the page."""
+    """The rows of a Parquet file, or of some of its row groups; `file` must be seekable. Columns are read by the
+    page.
+    """
     parquet = require("pyarrow.parquet", "data")
     try:
         table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
