@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-from functools import partial
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +67,14 @@ def texts(folder: Path) -> list[Path]:
 def talks(folder: Path) -> list[Path]:
     rows: list[Any] = [{"Q": f"question {i}", "A": f"answer {i} " * (i % 30)} for i in range(1200)]
     rows[1100] = {"Q": 5, "A": "a"}
-    other = [
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"a {i}"}]} for i in range(5)
-    ]
+    user, assistant = ({"role": role, "content": role} for role in ("user", "assistant"))
+    other = [{"messages": [user, assistant]}] * 5
     return [write(folder / "qa.jsonl", rows), write(folder / "messages.jsonl", other)]
 
 
 def pairs(folder: Path) -> list[Path]:
-    rows = [
-        {"prompt": f"q {i}", "chosen": f"good {i}", "rejected": f"bad {i}" if i % 9 else "good 9"} for i in range(900)
-    ]
+    rows = [{"prompt": f"q {i}", "chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(900)]
+    rows[::9] = [{**row, "rejected": row["chosen"]} for row in rows[::9]]
     return [write(folder / "pairs.jsonl", [*rows, {"prompt": "q", "chosen": None, "rejected": "b"}, *rows])]
 
 
@@ -111,7 +108,7 @@ def test_every_number_of_workers_makes_the_same(name: str, tmp_path: Path) -> No
     sources, tokenizer = make(tmp_path), filling() if name == "code" else tokenizer_for("chatml")
     options = {"valid": "valid", "valid_share": 0.05, "shard_tokens": 20_000, **options}
     if "clean" in options:
-        config = {"language": "en", "rules": {"min_words": 5, "max_words": 30, "min_mean_word": None}}
+        config = {"language": "en", "rules": {"min_words": 5, "max_words": 30, "min_stop_words": None}}
         options["clean"] = Cleaner(config_from_tree(config))
     made = {}
     for workers in (1, 2, 3) if name == "text" else (1, 2):
@@ -147,12 +144,10 @@ def test_pieces_make_what_the_whole_makes(name: str, tmp_path: Path, monkeypatch
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_an_error_names_the_line_of_the_file(workers: int, tmp_path: Path) -> None:
-    large = texts(tmp_path)[4]
     for at, line, message in ((650, "{", "not JSON"), (800, '{"text": 1}', "the text is int, not text")):
-        rows = large.read_text().splitlines()
-        rows[100] = rows[700] = rows[701] = "{}" if at < 100 else '{"text": "sound"}'
+        rows: list[Any] = [{"text": f"Document {i} " * 9} for i in range(900)]
         rows[at] = line
-        large.write_text("\n".join(rows))
+        large = write(tmp_path / "large.jsonl", rows)
         with pytest.raises(MoaiError, match=rf"large\.jsonl:{at + 1}: {message}"):
             prepare([large], tokenizer_for("chatml"), tmp_path / "out", workers=workers)
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
@@ -199,9 +194,8 @@ def test_what_cannot_be_cut(name: str, head: bytes, tmp_path: Path) -> None:
 
 def test_pieces_of_a_table(tmp_path: Path) -> None:
     arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(
-        arrow.table({"text": [f"row {i} {i * i}" for i in range(997)]}), tmp_path / "t.parquet", row_group_size=50
-    )
+    table = arrow.table({"text": [f"row {i} {i * i}" for i in range(997)]})
+    parquet.write_table(table, tmp_path / "t.parquet", row_group_size=50)
     (source,) = expand([tmp_path / "t.parquet"])
     cut = pieces.cut(source, Reading(), 2000)
     assert 3 < len(cut) < 20 and [piece.begin for piece in cut[1:]] == [piece.end for piece in cut[:-1]]
@@ -224,25 +218,41 @@ def test_a_file_that_changes_meanwhile_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_worker_imports_only_what_it_needs() -> None:
-    code = "import sys, moai_llm.data.worker; print([m for m in ('torch', 'transformers', 'numba', 'pyarrow', 'pandas') if m in sys.modules])"
+    heavy = ("torch", "transformers", "numba", "pyarrow", "pandas", "rich", "jinja2")
+    code = f"import sys, moai_llm.data.worker; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def _numbered(count: int, reading: Reading, skipped: Skipped):  # type: ignore[no-untyped-def]
+NUMBERED = """
+import os, signal
+from functools import partial
+from moai_llm.data.sources import Record, Source
+
+def read(count, reading, skipped):
     for i in range(count):
         if i == 3 and count == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         if i == 3 and count == 4:
             raise RuntimeError("an accident")
-        yield Record({"text": f"{count} {i} " + "x" * 3000}, f"{count}:{i}", str(count))
+        yield Record({"text": f"{count} {i} " + "word " * 300}, f"{count}:{i}", str(count))
+
+def numbered(count):
+    return Source(str(count), None, partial(read, count))
+"""
 
 
-def numbered(count: int) -> Source:
-    return Source(str(count), None, partial(_numbered, count))
+@pytest.fixture
+def numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Source]:
+    """Sources from a module of their own, which workers find by the path of this process."""
+    (tmp_path / "numbered_sources.py").write_text(NUMBERED)
+    monkeypatch.syspath_prepend(tmp_path)
+    return import_module("numbered_sources").numbered  # type: ignore[no-any-return]
 
 
-def test_blocks_come_in_order_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_come_in_order_in_bounded_memory(
+    numbered: Callable[[int], Source], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pool, "AHEAD_BYTES", 1)
     counts = [2000, 1, 300, 1000, 2, 600]
     with pool.Pool(Job(tokenizer_for("chatml")), 2) as workers:
@@ -258,7 +268,7 @@ def test_blocks_come_in_order_in_bounded_memory(monkeypatch: pytest.MonkeyPatch)
     assert all(worker.process.returncode is not None for worker in workers._workers)
 
 
-def test_what_happens_to_a_worker_is_said() -> None:
+def test_what_happens_to_a_worker_is_said(numbered: Callable[[int], Source]) -> None:
     with pool.Pool(Job(tokenizer_for("chatml")), 1) as workers:
         with pytest.raises(RuntimeError, match="(?s)a worker failed.*an accident"):
             list(workers.work([Task([Piece(numbered(4))])]))
@@ -268,9 +278,8 @@ def test_what_happens_to_a_worker_is_said() -> None:
 
 
 def test_sources_of_this_process_are_read_here(tmp_path: Path) -> None:
-    mine = [
-        Source(f"mine {n}", None, lambda reading, skipped: iter([Record({"text": "mine"}, "mine")])) for n in range(3)
-    ]
+    record = Record({"text": "mine"}, "mine")
+    mine = [Source(f"mine {n}", None, lambda reading, skipped: iter([record])) for n in range(3)]
     report = prepare(mine, tokenizer_for("chatml"), tmp_path / "out", workers=2)
     assert report.read == 3
 
