@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from moai_llm.data import pool
+from moai_llm.data import prepare as preparing
 from moai_llm.data.blocks import Job
 from moai_llm.data.clean import Cleaner, config_from_tree
 from moai_llm.data.code import CodeOptions
@@ -33,6 +34,7 @@ SMALL = 20_000  # bytes of a piece
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "PIECE_BYTES", SMALL)
+    monkeypatch.setattr(preparing, "SAVE_SECONDS", 1e9)  # however slow the machine is
 
 
 def content(folder: Path) -> dict[str, bytes]:
