@@ -15,6 +15,7 @@ BENCHMARKS = {
     "training_step": "a training step against transformers and litgpt",
     "linear_cross_entropy": "loss from hidden states against the plain loss: memory and time",
     "packing": "attention over packed documents: split against mask",
+    "data_prepare": "text to tokens on disk beside datasets and datatrove: CPU-seconds, memory, growth",
     "data_packing": "documents into rows: how full, how even, how fast",
     "decode": "greedy decoding against transformers generate",
     "data_dedup": "near-duplicates: speed and recall beside datasketch and rensa",

@@ -143,9 +143,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _cleaner(arguments: argparse.Namespace) -> Cleaner | None:
+    if arguments.clean is None:
+        return None
     from moai_llm.data.clean import Cleaner, load_config
 
-    return None if arguments.clean is None else Cleaner(load_config(arguments.clean))
+    return Cleaner(load_config(arguments.clean))
 
 
 def _code_options(arguments: argparse.Namespace) -> CodeOptions | None:
