@@ -80,7 +80,8 @@ def run(quick: bool = False) -> list[Table]:
         folder = Path(name)
         tokenizer = train_tokenizer(sample_texts(texts, 10**9), 4000 if quick else 32000, engine="fast")
         tokenizer.save(folder / "tokenizer")
-        pool = [text for each in texts.values() for text in each]
+        # the libraries would take these for control tokens
+        pool = [text for each in texts.values() for text in each if "<|" not in text]
         return [beside(pool, folder, 2 if quick else 40, 1 if quick else 3), *growing(pool, folder, quick)]
 
 

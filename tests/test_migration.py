@@ -32,7 +32,7 @@ PAGE = ROOT / "docs" / "migration.md"
 DOCUMENTS = ROOT.parent / "shared" / "documents"
 AREAS = {
     "GPU kernels", "KV cache", "LoRA", "batch generation", "code models", "data mixing",
-    "evaluation harness", "expert tools", "long context", "memory", "multi-GPU", "optimizers", "parallel preparation",
+    "evaluation harness", "expert tools", "long context", "memory", "multi-GPU", "optimizers",
     "planner", "profiling", "quantization", "representation learning", "serving",
 }  # fmt: skip
 

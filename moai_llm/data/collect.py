@@ -156,9 +156,12 @@ class Collector:
             raise MoaiError(f"nothing could be read: {self.skipped.bad_count:,} skipped; the first: {first}")
         empty = [side.writer.out for side in self.sides.values() if not side.writer.documents]
         if len(empty) < len(self.sides) and empty:
-            raise MoaiError(
-                f"no document is left for {empty[0]}: {read:,} were read, and one of every {self.job.every} is held out"
-            )
+            why = f"{read:,} were read, and one of every {self.job.every} is held out"
+            if self.job.few:
+                why = (
+                    f"of fewer than {self.job.every} texts the end of each is held out, and these are too short for it"
+                )
+            raise MoaiError(f"no document is left for {empty[0]}: {why}")
 
     def reports(self) -> dict[Part, Report]:
         """After the stores are finished."""

@@ -116,8 +116,10 @@ def test_standard_input(
     moai(*prepare, "-", "--skip-bad", "--valid", tmp_path / "v", "--valid-share", 0.25)
     assert stored(tmp_path / "v") == ["text 0", "text 4", "text 8"] and len(stored(tmp_path / "out")) == 6
     feed(b'{"text": "one text of which the end is held out"}\n')
-    moai(*prepare, "-", "--valid", tmp_path / "v")
-    assert "".join(stored(tmp_path / "out") + stored(tmp_path / "v")) == "one text of which the end is held out"
+    moai(*prepare, "-", "--valid", tmp_path / "v", "--valid-share", 0.25)
+    assert stored(tmp_path / "out") + stored(tmp_path / "v") == ["one text of which the end is", " held out"]
+    feed(b'{"text": "short"}\n')
+    assert "the end of each is held out, and these are too short" in fails(*prepare, "-", "--valid", tmp_path / "v")
     assert "quickstart reads its text three times" in fails("quickstart", "--text", "-", "--out", tmp_path / "q")
 
 
