@@ -162,8 +162,8 @@ class Encoder:
         yield _Found(self.job).block(0)._replace(of=of, **tally.take(), lines=tally.lines, is_last=True)
 
     def count(self, pieces: Sequence[Piece]) -> int:
-        """The records of a slice. What is broken is an error, or not counted here."""
-        return sum(1 for _ in self.items(pieces, Tally(self.job.reading)))
+        """The records of a slice. What is broken is not counted; it is an error when its turn comes."""
+        return sum(1 for _ in self.items(pieces, Tally(replace(self.job.reading, skip_bad=True))))
 
     def items(self, pieces: Sequence[Piece], tally: Tally) -> Iterator[Item]:
         """The records of a slice as what is to be encoded."""

@@ -49,6 +49,7 @@ class Partial:
         if not _lock(self._lock):
             self._lock.close()
             raise MoaiError(f"{self.outs[0]} is being prepared by another process at this moment")
+        self.is_saved = (self.folder / "state.json").is_file()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,7 +74,6 @@ class Partial:
         job, lines = json.loads(json.dumps(job)), [f"{s.name}\t{s.size}\t{s.version}\n" for s in sources]
         state = None if anew else _read(self.folder / "state.json")
         if state is not None:
-            self.is_saved = True
             other = list(_differences(self.folder, job, lines))
             if other and not drop:
                 raise MoaiError(

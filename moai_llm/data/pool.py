@@ -22,7 +22,7 @@ from moai_llm.data.blocks import Job, PieceError
 from moai_llm.data.worker import HEAD, START, Failure, Task, send
 from moai_llm.runtime import MoaiError
 
-AHEAD_BYTES = 8 << 20  # of blocks that wait for their turn, for each worker
+AHEAD_BYTES = 4 << 20  # of blocks that wait for their turn, for each worker
 
 
 class Pool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import os
 import pickle
 import signal
 import threading
@@ -139,7 +140,7 @@ class _Run:
     def described(self, valid: Path | None) -> dict[str, Any]:
         """Everything that the bytes of the stores depend on, but the sources."""
         job, tokenizer = self.job, self.job.tokenizer
-        template = hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest() if job.chat else None
+        template = hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest() if job.kind != "text" else None
         return {
             "version": __version__, "kind": job.kind, "tokenizer": tokenizer.fingerprint, "roles": tokenizer.roles,
             "chat_template": template, "map": dict(job.reading.mapping), "skip_bad": job.reading.skip_bad,
@@ -224,6 +225,7 @@ class _Run:
         """Make the stores whole."""
         assert self.collector is not None
         self.collector.check()
+        self._is_between = False
         origins = list(dict.fromkeys(source.origin for source in self.sources))
         for side in self.collector.sides.values():
             side.writer.finish(origins)
@@ -304,9 +306,14 @@ def _check(
 
 def _fewer_texts(job: Job, sources: Sequence[Source]) -> bool:
     """Whether there are too few texts to hold one of so many out."""
-    encoder = Encoder(job)
-    texts = chain.from_iterable(encoder.items(pieces, Tally(job.reading)) for pieces in slices(sources, job.reading))
-    return sum(1 for _ in islice(texts, job.every)) < job.every
+    encoder, lenient = Encoder(job), replace(job.reading, skip_bad=True)
+
+    def texts() -> Iterator[Any]:
+        for pieces in slices(sources, job.reading):
+            # what is broken is told when its turn comes; in a piece, its line is not known here
+            yield from encoder.items(pieces, Tally(job.reading if pieces[0].unit == "all" else lenient))
+
+    return sum(1 for _ in islice(texts(), job.every)) < job.every
 
 
 def _processes(workers: int | None, job: Job, sources: Sequence[Source]) -> tuple[int, int]:
@@ -322,6 +329,9 @@ def _processes(workers: int | None, job: Job, sources: Sequence[Source]) -> tupl
 
 
 def _can_travel(job: Job, sources: Iterable[Source]) -> bool:
+    """Whether other processes can be told what to do."""
+    if os.name != "posix":
+        return False
     try:
         pickle.dumps(job.reading), pickle.dumps(job.clean)
         pickle.dumps([source for source in sources if not isinstance(source.read, partial)])

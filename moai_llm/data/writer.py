@@ -26,7 +26,6 @@ from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 
 SHARD_TOKENS = 1 << 26  # 128 or 256 MiB a shard
-SMALLEST_SHARD = 1 << 10
 BORDER = np.dtype("<i8")
 
 

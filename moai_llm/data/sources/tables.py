@@ -11,7 +11,7 @@ from moai_llm.data.sources.records import Broken, Reading, Record, Skipped
 from moai_llm.data.sources.streams import buffered, counted
 from moai_llm.runtime import MoaiError, require
 
-BATCH_BYTES = 16 << 20
+BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024
 
 
