@@ -17,6 +17,7 @@ BENCHMARKS = {
     "memory": "memory of a training step: planned, held at once, resident",
     "packing": "attention over packed documents: split against mask",
     "data_read": "reading packed rows beside datasets and torch's DataLoader, and the knobs of the loader",
+    "data_prepare": "text to tokens on disk beside datasets and datatrove: CPU-seconds, memory, growth",
     "data_packing": "documents into rows: how full, how even, how fast",
     "decode": "greedy decoding against transformers generate",
     "data_dedup": "near-duplicates: speed and recall beside datasketch and rensa",

@@ -78,6 +78,17 @@ def has_fast_bf16(device: torch.device) -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def processors() -> int:
+    """How many processors this process may use: those it is bound to, and no more than its container has."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        with open("/sys/fs/cgroup/cpu.max", encoding="utf-8") as file:
+            quota, period = file.read().split()
+        return max(1, min(count, -(-int(quota) // int(period))))
+    except (OSError, ValueError):  # no such limit
+        return count
+
+
 def make_console() -> Console:
     """Standard output for people; wide tables stay whole when it is a file or a pipe."""
     from rich.console import Console

@@ -32,7 +32,7 @@ PAGE = ROOT / "docs" / "migration.md"
 DOCUMENTS = ROOT.parent / "shared" / "documents"
 AREAS = {
     "GPU kernels", "KV cache", "LoRA", "batch generation", "code models", "evaluation harness",
-    "expert tools", "long context", "memory", "multi-GPU", "parallel preparation",
+    "expert tools", "long context", "memory", "multi-GPU",
     "planner", "quantization", "representation learning", "serving",
 }  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -61,7 +60,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument(
         "--clean", metavar="YAML", help="clean the text first by these rules, see `moai data clean`; `default` for ours"
     )
-    prepare.add_argument("--overwrite", action="store_true", help="replace a store that is there")
+    prepare.add_argument("--workers", type=int, metavar="N", help="processes (default: one for each processor)")
+    prepare.add_argument(
+        "--shard-tokens", type=int, metavar="N", help="tokens in a file of the store (default 67,108,864)"
+    )
+    prepare.add_argument(
+        "--overwrite", action="store_true", help="replace a store that is there, and what a run with other options left"
+    )
+    prepare.add_argument(
+        "--fresh", action="store_true", help="begin anew instead of going on from a run that was stopped"
+    )
     conversations.configure(verbs.add_parser("schema", help="what conversations look like, before they are prepared"))
     for verb, (module, what) in STORES.items():
         module.configure(verbs.add_parser(verb, help=what))
@@ -80,42 +88,36 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
-    from moai_llm.data.prepare import Part, prepare
-    from moai_llm.data.shards import Store, refuse_existing
+    from moai_llm.data.prepare import prepare
+    from moai_llm.data.shards import Store
+    from moai_llm.data.writer import SHARD_TOKENS
     from moai_llm.tokenizer import load_tokenizer
 
     console, tokenizer, code = make_console(), load_tokenizer(arguments.tokenizer), _code_options(arguments)
     kind, chat, columns = conversations.read_options(arguments)
     sources, reading = open_sources(arguments, console, columns)
-    if arguments.valid and any(source.once for source in sources):
-        raise MoaiError("standard input can be read once, and --valid reads the sources twice: write it to a file")
-    parts: list[tuple[Part | None, str]] = [(None, arguments.out)]
-    if arguments.valid:
-        parts = [("valid", arguments.valid), ("train", arguments.out)]
-    for _, out in parts:
-        refuse_existing(Path(out), arguments.overwrite)
-    cleaner = _cleaner(arguments)
-    for part, out in parts:
-        with ReadProgress(console, sources) as shown:
-            report = prepare(
-                sources,
-                tokenizer,
-                out,
-                kind=kind,
-                chat=chat,
-                reading=replace(reading, progress=shown.read),
-                part=part,
-                valid_share=arguments.valid_share,
-                code=code,
-                clean=cleaner,
-                overwrite=arguments.overwrite,
-                progress=lambda documents, tokens: shown.update(f"{documents:,} documents, {tokens:,} tokens"),
-            )
-        if part:
-            console.print(f"{part}: {out}")
-        show_report(console, report)
-        if code is not None:
-            console.print(_about_code(report))
+    with ReadProgress(console, sources) as shown:
+        report = prepare(
+            sources,
+            tokenizer,
+            arguments.out,
+            kind=kind,
+            chat=chat,
+            reading=replace(reading, progress=shown.read),
+            valid=arguments.valid,
+            valid_share=arguments.valid_share,
+            code=code,
+            clean=_cleaner(arguments),
+            shard_tokens=SHARD_TOKENS if arguments.shard_tokens is None else arguments.shard_tokens,
+            workers=arguments.workers,
+            overwrite=arguments.overwrite,
+            fresh=arguments.fresh,
+            progress=lambda documents, tokens: shown.update(f"{documents:,} documents, {tokens:,} tokens"),
+        )
+    show_report(console, report, arguments.out, arguments.valid or "")
+    if code is not None:
+        console.print(_about_code(report))
+    for out in filter(None, (arguments.out, arguments.valid)):
         _warn_of_long_conversations(console, Store(out))
     more = f" data.valid={arguments.valid}" if arguments.valid else ""
     if kind == "preference":
@@ -125,9 +127,11 @@ def _prepare(arguments: argparse.Namespace) -> None:
 
 
 def _cleaner(arguments: argparse.Namespace) -> Cleaner | None:
+    if arguments.clean is None:
+        return None
     from moai_llm.data.clean import Cleaner, load_config
 
-    return None if arguments.clean is None else Cleaner(load_config(arguments.clean))
+    return Cleaner(load_config(arguments.clean))
 
 
 def _code_options(arguments: argparse.Namespace) -> CodeOptions | None:
@@ -164,17 +168,23 @@ def _warn_of_long_conversations(console: Console, store: Store) -> None:
         )
 
 
-def show_report(console: Console, report: Report) -> None:
-    """What was read, kept and dropped."""
-    manifest = report.manifest
-    table = Table("read", "kept", "dropped", "skipped", "tokens", "bytes per token", box=None, pad_edge=False)
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items()) or "0"
-    ratio = manifest.text_bytes / manifest.tokens
-    skipped = f"{report.skipped.bad_count:,}"
-    documents = manifest.documents // (2 if manifest.kind == "preference" else 1)
-    kept, tokens = f"{documents:,}", f"{manifest.tokens:,}"
-    table.add_row(f"{report.read:,}", kept, dropped, skipped, tokens, f"{ratio:.2f}")
+def show_report(console: Console, report: Report, out: str = "", valid: str = "") -> None:
+    """What was read, kept and dropped; with a row for each of two stores."""
+    held_out, columns = report.held_out, ("read", "kept", "dropped", "skipped", "tokens", "bytes per token")
+    table = Table(*(["store"] if held_out else []), *columns, box=None, pad_edge=False)
+    for name, each in ((out, report), (valid, held_out)):
+        if each is not None:
+            table.add_row(*([name] if held_out else []), *_row(each))
     console.print(table)
-    if report.cut:
-        console.print(f"{report.cut:,} of those kept were longer than --max-length and lost a part")
+    cut = report.cut + (held_out.cut if held_out else 0)
+    if cut:
+        console.print(f"{cut:,} of those kept were longer than --max-length and lost a part")
     show_skipped(console, report.skipped)
+
+
+def _row(report: Report) -> list[str]:
+    manifest = report.manifest
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items()) or "0"
+    documents = manifest.documents // (2 if manifest.kind == "preference" else 1)
+    counts = (f"{manifest.tokens:,}", f"{manifest.text_bytes / manifest.tokens:.2f}")
+    return [f"{report.read:,}", f"{documents:,}", dropped, f"{report.skipped.bad_count:,}", *counts]

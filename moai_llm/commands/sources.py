@@ -112,29 +112,50 @@ def show_skipped(console: Console, skipped: Skipped) -> None:
 
 
 class ReadProgress:
-    """How far reading is: on a terminal a line that changes, elsewhere a new line now and then."""
+    """How far reading is, how fast it goes, and when it will be through: on a terminal a bar, elsewhere a new line now
+    and then.
+    """
 
     def __init__(self, console: Console, sources: Collection[Source]):
         sizes = [source.size for source in sources]
         self._total = sum(size or 0 for size in sizes) if None not in sizes else 0
         self._console, self._done, self._said = console, 0, time.monotonic()
+        self._begun: tuple[float, int] | None = None  # when, and what was read by then, maybe by an earlier run
 
     def __enter__(self) -> ReadProgress:
-        self._status = self._console.status("reading ...")
-        self._status.start()
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+        bar = [BarColumn(bar_width=30)] if self._total else []
+        columns = [SpinnerColumn(), *bar, TextColumn("{task.description}")]
+        self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task("reading ...", total=self._total or None)
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._status.stop()
+        self._bar.stop()
 
     def read(self, count: int) -> None:
         """So many more stored bytes were read."""
         self._done += count
 
     def update(self, text: str) -> None:
+        now = time.monotonic()
+        self._begun = self._begun or (now, self._done)
+        seconds, done = now - self._begun[0], self._done - self._begun[1]
+        if seconds > 1 and done:
+            text += f", {done / seconds / 1e6:.3g} MB/s"
+            if self._total > self._done:
+                text += f", {_clock(seconds * (self._total - self._done) / done)} left"
         if self._total:
             text = f"{min(1.0, self._done / self._total):.0%} read: {text}"
-        self._status.update(text)
-        if not self._console.is_terminal and time.monotonic() - self._said > EVERY:
-            self._said = time.monotonic()
+        self._bar.update(self._task, description=text, completed=self._done)
+        if not self._console.is_terminal and now - self._said > EVERY:
+            self._said = now
             self._console.print(text)
+
+
+def _clock(seconds: float) -> str:
+    """0:05, 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}" if minutes >= 60 else f"{minutes}:{rest:02}"

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.chunks import chunks
@@ -49,13 +51,15 @@ class CodeOptions:
 class Document(NamedTuple):
     """A document of the store."""
 
-    ids: list[int]
+    ids: np.ndarray
     text_bytes: int
+    text: int  # which of the texts it is, counted from 0
     is_code: bool = False
     is_filled: bool = False  # rearranged to fill in the middle
 
 
 class _Piece(NamedTuple):
+    of: int
     text: str
     is_last: bool
     is_code: bool
@@ -63,7 +67,7 @@ class _Piece(NamedTuple):
 
 
 def encode_documents(
-    tokenizer: Tokenizer, texts: Iterable[tuple[int, str, str]], options: CodeOptions
+    tokenizer: Tokenizer, texts: Iterable[tuple[int | None, str, str]], options: CodeOptions, *, threads: int = 1
 ) -> Iterator[Document]:
     """The documents that texts become: one each, or several where it is code longer than a chunk.
 
@@ -71,33 +75,36 @@ def encode_documents(
     rearranged: there the token ends the middle.
 
     Args:
-        texts: (number, text, place): the number and the seed decide whether a text is rearranged and how; the place
-            says the language.
+        texts: (number, text, place): the number and the seed decide whether a text is rearranged and how, None is never
+            rearranged; the place says the language.
     """
-    pieces = [piece for number, text, place in texts for piece in _pieces(tokenizer, number, text, place, options)]
-    plain = iter(tokenizer.encode_batch([piece.text for piece in pieces if piece.filled is None]))
+    pieces = [piece for i, text in enumerate(texts) for piece in _pieces(tokenizer, i, *text, options)]
+    plain = iter(tokenizer.encode_arrays([piece.text for piece in pieces if piece.filled is None], threads=threads))
+    end = np.array([tokenizer.eos_id], np.uint32)
     for piece in pieces:
-        size = len(piece.text.encode("utf-8", "replace"))
+        size = len(piece.text) if piece.text.isascii() else len(piece.text.encode("utf-8", "replace"))
         if piece.filled is not None:
-            yield Document(piece.filled, size, True, True)
+            yield Document(np.array(piece.filled, np.uint32), size, piece.of, True, True)
         else:
-            end = [tokenizer.eos_id] if piece.is_last else []
-            yield Document([*next(plain), *end], size, piece.is_code)
+            ids = next(plain)
+            yield Document(np.concatenate([ids, end]) if piece.is_last else ids, size, piece.of, piece.is_code)
 
 
-def _pieces(tokenizer: Tokenizer, number: int, text: str, place: str, options: CodeOptions) -> Iterator[_Piece]:
-    language = language_of(place) or options.language
+def _pieces(
+    tokenizer: Tokenizer, of: int, number: int | None, text: str, place: str, options: CodeOptions
+) -> Iterator[_Piece]:
+    language, fim = language_of(place) or options.language, options.fim if number is not None else None
     if language is None:
-        yield _Piece(text, True, False, None)
+        yield _Piece(of, text, True, False, None)
         return
     cut = [text]
     if options.chunk is not None:
-        room = options.chunk - (4 if options.fim is not None else 1)  # for the end, and the marks of three parts
+        room = options.chunk - (4 if fim is not None else 1)  # for the end, and the marks of three parts
         cut = chunks(text, room, language, lambda piece: len(tokenizer.encode(piece)))
     for part, piece in enumerate(cut):
         filled = None
-        if options.fim is not None:
-            filled = fim_document(tokenizer, piece, options.fim, number, part=part, language=language)
+        if fim is not None and number is not None:
+            filled = fim_document(tokenizer, piece, fim, number, part=part, language=language)
         if filled is not None and options.chunk is not None and len(filled) > options.chunk:
             filled = None  # its parts, encoded apart, are a few tokens more than the whole
-        yield _Piece(piece, part == len(cut) - 1, True, filled)
+        yield _Piece(of, piece, part == len(cut) - 1, True, filled)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from moai_llm.runtime import MoaiError, did_you_mean
+from moai_llm.runtime import MoaiError, did_you_mean, processors
 from moai_llm.tokenizer.definition import bytes_reader, clean, encode_all, plain_backend
 
 PAD, END_OF_TEXT, TURN_START, TURN_END = "<|pad|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -40,7 +39,8 @@ class Tokenizer:
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, roles: dict[str, str], chat_template: str | None = None) -> None:
-        self.backend, self.roles, self.chat_template = backend, roles, chat_template
+        self.backend = backend
+        self.roles, self.chat_template = roles, chat_template
         self.vocab_size: int = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self._added = {i: token.content for i, token in sorted(backend.get_added_tokens_decoder().items())}
         special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
@@ -48,6 +48,16 @@ class Tokenizer:
 
     def __len__(self) -> int:
         return self.vocab_size
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: the twin comes along, and the backend is built there only if something needs it."""
+        state = {name: value for name, value in vars(self).items() if name not in ("backend", "_plain")}
+        return {**state, "_twin": self._twin, "_json": self.backend.to_str()}
+
+    @cached_property
+    def backend(self) -> tokenizers.Tokenizer:
+        """What defines the tokenizer."""
+        return tokenizers.Tokenizer.from_str(vars(self)["_json"])
 
     def __repr__(self) -> str:
         kind = type(self.backend.model).__name__
@@ -120,7 +130,7 @@ class Tokenizer:
         texts = list(texts)
         if self._twin is None:
             return encode_all(self._plain, texts)
-        threads = threads or _processors()
+        threads = threads or processors()
         if threads == 1 or sum(map(len, texts)) < WORTH_THREADS:
             return [self.encode(text) for text in texts]
         step = -(-len(texts) // (4 * threads))  # a few chunks each, so that one long text does not keep all waiting
@@ -129,6 +139,27 @@ class Tokenizer:
                 lambda start: [self.encode(text) for text in texts[start : start + step]], range(0, len(texts), step)
             )
             return [ids for chunk in chunks for ids in chunk]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` as (tokens,) uint32."""
+        if self._twin is not None:
+            try:
+                ids = self._twin.encode_array(text)
+            except UnicodeEncodeError:
+                text = clean(text)
+                ids = self._twin.encode_array(text)
+            if ids is not None:
+                return ids
+        return np.array(encode_all(self._plain, [text])[0], dtype=np.uint32)
+
+    def encode_arrays(self, texts: Sequence[str], *, threads: int = 1) -> list[np.ndarray]:
+        """`encode_array` of each text, in so many threads."""
+        if self._twin is None:
+            return [np.array(ids, dtype=np.uint32) for ids in encode_all(self._plain, texts)]
+        if threads == 1 or sum(map(len, texts)) < WORTH_THREADS:
+            return [self.encode_array(text) for text in texts]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(self.encode_array, texts))
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
         """Text of ids; bytes that are not UTF-8 become U+FFFD. Ids that stand for nothing (padding rows, holes) give
@@ -198,10 +229,6 @@ class Tokenizer:
         if self.chat_template is not None:
             (path / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
         return path
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

@@ -22,6 +22,7 @@ import json
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import models
 
@@ -34,6 +35,7 @@ from moai_llm.tokenizer.split import read_alike, strangers
 SPACES = 100_000
 MANY_ADDED = 64  # with more added tokens than this, looking for each of them would cost more than the twin saves
 FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+NO_TOKEN = "<|no token|>"  # nobody asks for it; a text that holds these characters is ordinary text
 
 
 class Twin:
@@ -51,16 +53,41 @@ class Twin:
         """
         import tiktoken
 
+        self._made_of = pattern, ranks, ids, normalizer, added
         self._ids, self._normalizer, self._added = ids, normalizer, added
+        self._table = None if ids is None else np.array(ids, dtype=np.uint32)
         self._keeps_ascii = type(normalizer).__name__ in FORMS
         self._strangers = strangers()
-        self._core = tiktoken.Encoding("moai", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+        # without any control token tiktoken would try each place of a text for one, in `encode_to_numpy`
+        self._core = tiktoken.Encoding(
+            "moai", pat_str=pattern, mergeable_ranks=ranks, special_tokens={NO_TOKEN: 1 + max(ranks.values())}
+        )
+
+    def __reduce__(self) -> tuple[type[Twin], tuple[Any, ...]]:
+        return Twin, self._made_of
 
     def encode(self, text: str) -> list[int] | None:
         """Ids of ordinary text without lone surrogates; None for the rare text that only `tokenizers` encodes surely:
         one that holds an added token, a character that one of the two regex engines does not know yet, or a run of
         spaces that is too long for tiktoken.
         """
+        plain = self._plain(text)
+        if plain is None:
+            return None
+        ids = self._core.encode_ordinary(plain)
+        table = self._ids
+        return ids if table is None else [table[i] for i in ids]
+
+    def encode_array(self, text: str) -> np.ndarray | None:
+        """`encode` as uint32: faster, and a tenth of the memory."""
+        plain = self._plain(text)
+        if plain is None:
+            return None
+        ids = self._core.encode_to_numpy(plain, disallowed_special=())
+        return ids if self._table is None else self._table[ids]
+
+    def _plain(self, text: str) -> str | None:
+        """The text that tiktoken is given; None for one that is not for it."""
         if any(token in text for token in self._added):
             return None
         if self._normalizer is not None and not (self._keeps_ascii and text.isascii()):
@@ -73,9 +100,7 @@ class Twin:
             text[i : i + SPACES].isspace() for i in range(0, len(text) - SPACES + 1, SPACES)
         ):
             return None
-        ids = self._core.encode_ordinary(text)
-        table = self._ids
-        return ids if table is None else [table[i] for i in ids]
+        return text
 
 
 def make_twin(backend: tokenizers.Tokenizer) -> Twin | None:

@@ -98,7 +98,7 @@ def test_both_parts_skip_the_same(moai: Moai, prepare: tuple[object, ...], tmp_p
     file = tmp_path / "a.jsonl"
     file.write_text("".join(f'{{"text": "document {i}"}}\n' + "{\n" * (i % 3) for i in range(20)))
     output = moai(*prepare, file, "--skip-bad", "--valid", tmp_path / "valid", "--valid-share", 0.25)
-    assert output.count("skipped 19: ") == 2  # the account of each part
+    assert output.count("skipped 19: ") == 1 and output.count(" 19 ") == 2  # both parts are of the same sources
     train, valid = stored(tmp_path / "out"), stored(tmp_path / "valid")
     assert len(valid) == 5 and sorted(train + valid) == sorted(f"document {i}" for i in range(20))
 
@@ -112,7 +112,14 @@ def test_standard_input(
     feed(b'{"text": "from a pipe"}\n')
     moai(*prepare, "-")
     assert stored(tmp_path / "out") == ["from a pipe"] and Store(tmp_path / "out").manifest.sources == ["-"]
-    assert "--valid reads the sources twice: write it to a file" in fails(*prepare, "-", "--valid", tmp_path / "v")
+    feed(b"".join(b'{"text": "text %d"}\n{\n' % i for i in range(9)))
+    moai(*prepare, "-", "--skip-bad", "--valid", tmp_path / "v", "--valid-share", 0.25)
+    assert stored(tmp_path / "v") == ["text 0", "text 4", "text 8"] and len(stored(tmp_path / "out")) == 6
+    feed(b'{"text": "one text of which the end is held out"}\n')
+    moai(*prepare, "-", "--valid", tmp_path / "v", "--valid-share", 0.25)
+    assert stored(tmp_path / "out") + stored(tmp_path / "v") == ["one text of which the end is", " held out"]
+    feed(b'{"text": "short"}\n')
+    assert "the end of each is held out, and these are too short" in fails(*prepare, "-", "--valid", tmp_path / "v")
     assert "quickstart reads its text three times" in fails("quickstart", "--text", "-", "--out", tmp_path / "q")
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from moai_llm.data.blocks import BATCH
 from moai_llm.data.code import CodeOptions
-from moai_llm.data.prepare import BATCH, Part, Report, prepare, prepare_texts
+from moai_llm.data.prepare import Part, Report, prepare, prepare_texts
 from moai_llm.data.shards import Store
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer

@@ -7,15 +7,19 @@ streams: no source is in memory as a whole. What is broken is an error, or count
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 from moai_llm.data.sources.columns import reading_of_texts, rename, text_of
 from moai_llm.data.sources.find import expand
+from moai_llm.data.sources.pieces import Piece, read_part
 from moai_llm.data.sources.records import Broken, Reading, Record, Skipped, Source
 from moai_llm.data.sources.streams import DAMAGE
 
-__all__ = ["Broken", "Reading", "Record", "Skipped", "Source", "expand", "read_records", "read_source", "read_texts"]
+__all__ = [
+    "Broken", "Piece", "Reading", "Record", "Skipped", "Source", "expand", "read_piece", "read_records", "read_source",
+    "read_texts",
+]  # fmt: skip
 
 
 def read_records(
@@ -62,15 +66,27 @@ def read_texts(
 
 def read_source(source: Source, reading: Reading, skipped: Skipped) -> Iterator[Record]:
     """The records of one source as they are. A file that breaks off is told to `skipped`, with where that was."""
-    place, bad = "", skipped.bad_count
+    yield from read_piece(Piece(source), reading, skipped)
+
+
+def read_piece(piece: Piece, reading: Reading, skipped: Skipped) -> Generator[Record, None, int]:
+    """`read_source` of a piece of it. Returns how many lines begin in the piece, 0 where that does not matter."""
+    source, place, bad = piece.source, "", skipped.bad_count
+    whole = piece.unit == "all"
     try:
-        for record in source.read(reading, skipped):
+        records = iter(source.read(reading, skipped) if whole else read_part(piece, reading, skipped))
+        while True:
+            try:
+                record = next(records)
+            except StopIteration as end:
+                if whole and not place and skipped.bad_count == bad:
+                    skipped.leave_out(source.name, "nothing in it")
+                return end.value or 0
             place = record.place
             yield record
-        if not place and skipped.bad_count == bad:
-            skipped.leave_out(source.name, "nothing in it")
     except Broken as error:
         skipped.add(source.name, error)
     except DAMAGE as error:
         words = getattr(error, "strerror", None) or str(error) or type(error).__name__
         skipped.bad(source.name, source.name, "cannot be read", f": {words}{f' (after {place})' if place else ''}")
+    return 0

@@ -9,6 +9,7 @@ import stat
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 from urllib.parse import unquote, urlsplit
@@ -55,7 +56,7 @@ def _expand(given: str, skipped: Skipped) -> list[Source]:
     if "\0" in given:
         raise MoaiError(f"{printable(given)}: a path cannot have NUL in it")
     if given == STDIN:
-        return [Source("standard input", None, _read_stdin, once=True)]
+        return [Source("standard input", None, _read_stdin, once=True, here=True)]
     if given.startswith("hf:") and not given.startswith("hf://"):
         return [hub_source(given)]
     if given.startswith(("git:", "git+")):
@@ -95,11 +96,6 @@ def _near(path: Path) -> str:
 
 def _file(path: Path, root: str, skipped: Skipped) -> list[Source]:
     """A file, if there is something in it; `root` is what the user named."""
-
-    def read(reading: Reading, skipped: Skipped) -> Iterator[Record]:
-        with path.open("rb") as file:
-            yield from read_file(file, str(path), size, reading, skipped)
-
     try:
         status = path.stat()
     except OSError as error:  # a link that leads nowhere, or to itself
@@ -110,7 +106,13 @@ def _file(path: Path, root: str, skipped: Skipped) -> list[Source]:
     if not size and stat.S_ISREG(status.st_mode):
         skipped.leave_out(root, "an empty file")
         return []
-    return [Source(str(path), size, read)]
+    read = partial(_read_path, path, size)
+    return [Source(str(path), size, read, path=path, version=str(status.st_mtime_ns))]
+
+
+def _read_path(path: Path, size: int, reading: Reading, skipped: Skipped) -> Iterator[Record]:
+    with path.open("rb") as file:
+        yield from read_file(file, str(path), size, reading, skipped)
 
 
 def _folder(root: Path, skipped: Skipped) -> list[Source]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
+from io import BufferedReader
 from typing import Any, BinaryIO
 
 import orjson
@@ -56,7 +57,14 @@ def _decode(piece: bytes, name: str, reading: Reading, before: int = 0) -> str:
 
 def read_jsonl(file: BinaryIO, name: str, reading: Reading, skipped: Skipped, first: int = 1) -> Iterator[Record]:
     """An object a line; lines without anything on them are passed over. The first line counts as number `first`."""
-    for number, line in lines(as_utf8(file, name, reading), name, reading, skipped):
+    yield from read_objects(as_utf8(file, name, reading), name, reading, skipped, first)
+
+
+def read_objects(
+    stream: BufferedReader, name: str, reading: Reading, skipped: Skipped, first: int = 1
+) -> Iterator[Record]:
+    """`read_jsonl` of what is UTF-8, from some line on."""
+    for number, line in lines(stream, name, reading, skipped):
         if not line.isspace():
             place = f"{name}:{number + first - 1}"
             columns = parse_object(line, name, place, reading, skipped)

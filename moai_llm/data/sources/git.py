@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -73,7 +74,7 @@ def git_source(given: str) -> Source:
         raise MoaiError(f"{given}: no tracked file ends in {some}; there are {have}. ?ext= names others")
     size = sum(entry.size for entry in entries if entry.size <= repository.max_file)
     name = repository.name
-    return Source(name, size, lambda reading, skipped: _read(repository, reading, skipped), origin=name)
+    return Source(name, size, partial(_read, repository), origin=name, version=str(repository))
 
 
 def _open(given: str) -> Repository:

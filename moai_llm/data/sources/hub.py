@@ -10,10 +10,11 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moai_llm.data.sources.records import Reading, Record, Source
+from moai_llm.data.sources.records import Reading, Record, Skipped, Source
 from moai_llm.data.sources.tables import is_saved, read_saved, saved_files
 from moai_llm.runtime import MoaiError, did_you_mean, require
 
@@ -56,7 +57,7 @@ def hub_source(given: str) -> Source:
                 f"{given}: a folder of save_to_disk has no configurations; name a split as hf:{folder}::SPLIT"
             )
         return saved_source(folder, dataset.split)
-    return Source(str(dataset), None, lambda reading, skipped: _read(dataset, reading))
+    return Source(str(dataset), None, partial(_read, dataset))
 
 
 def saved_source(folder: Path, split: str | None = None) -> Source:
@@ -70,8 +71,9 @@ def saved_source(folder: Path, split: str | None = None) -> Source:
         folder = folder / _choose(str(folder), split, splits)
     elif split:
         raise MoaiError(f"{folder} is one data set, without splits")
-    size = sum(path.stat().st_size for path in saved_files(folder))
-    return Source(str(folder), size, lambda reading, skipped: read_saved(folder, reading, skipped))
+    states = [path.stat() for path in saved_files(folder)]
+    version = "-".join(str(state.st_mtime_ns) for state in states)
+    return Source(str(folder), sum(s.st_size for s in states), partial(read_saved, folder), version=version)
 
 
 def _choose(name: str, split: str | None, splits: list[str]) -> str:
@@ -89,7 +91,7 @@ def _choose(name: str, split: str | None, splits: list[str]) -> str:
     raise MoaiError(f"{name}: {what}; it has {have}")
 
 
-def _read(dataset: DatasetName, reading: Reading) -> Iterator[Record]:
+def _read(dataset: DatasetName, reading: Reading, skipped: Skipped) -> Iterator[Record]:
     rows, split = _load(dataset, reading)
     if reading.choose is not None and rows.column_names:
         rows = rows.select_columns(reading.select(rows.column_names))

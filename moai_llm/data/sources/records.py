@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from moai_llm.runtime import MoaiError
@@ -28,13 +29,18 @@ class Broken(MoaiError):
 
 
 class Source(NamedTuple):
-    """One file, data set or repository."""
+    """One file, data set or repository. All but standard input and what lies in this process's memory can be pickled,
+    so that another process can read it.
+    """
 
     name: str
     size: int | None  # bytes as they are stored, None where only reading would tell
     read: Callable[[Reading, Skipped], Iterator[Record]]
     once: bool = False  # it cannot be read a second time
+    here: bool = False  # only this process can read it
     origin: str = ""  # what the user wrote, without secrets; a repository with its commit
+    path: Path | None = None  # of a file on this machine
+    version: str = ""  # changes when its content does, as far as that can be told without reading it
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,13 @@ class Row(NamedTuple):
     example: str  # the whole message of the first
 
 
+class Account(NamedTuple):
+    """What `Skipped` has counted, as plain values."""
+
+    bad: list[Row]
+    left_out: list[tuple[str, str, int]]  # source, reason, count
+
+
 class Skipped:
     """The account of what was not read. It takes the same memory however much that is.
 
@@ -85,6 +98,22 @@ class Skipped:
         self._bad: dict[tuple[str, str], Row] = {}
         self._left_out: Counter[tuple[str, str]] = Counter()
 
+    def account(self) -> Account:
+        return Account(list(self._bad.values()), [(*key, count) for key, count in self._left_out.items()])
+
+    def take(self) -> Account:
+        """The account, which then begins anew."""
+        account = self.account()
+        self.bad_count, self._bad, self._left_out = 0, {}, Counter()
+        return account
+
+    def absorb(self, account: Account) -> None:
+        """Count what another one has counted, as if it had been told here."""
+        for row in account.bad:
+            self._count(row)
+        for source, reason, count in account.left_out:
+            self.leave_out(source, reason, count)
+
     def bad(self, source: str, place: str, reason: str, detail: str = "") -> None:
         """Count a broken record.
 
@@ -96,12 +125,15 @@ class Skipped:
     def add(self, source: str, error: Broken) -> None:
         if not self.allow_bad:
             raise error
-        self.bad_count += 1
-        key = (printable(source), error.reason)
+        self._count(Row(printable(source), error.reason, 1, str(error)))
+
+    def _count(self, row: Row) -> None:
+        self.bad_count += row.times
+        key = (row.source, row.reason)
         if key not in self._bad and len(self._bad) >= DISTINCT:
-            key = ("further files", error.reason)
-        row = self._bad.get(key) or Row(*key, 0, str(error))
-        self._bad[key] = row._replace(times=row.times + 1)
+            key = ("further files", row.reason)
+        before = self._bad.get(key) or Row(*key, 0, row.example)
+        self._bad[key] = before._replace(times=before.times + row.times)
 
     def leave_out(self, source: str, reason: str, count: int = 1) -> None:
         key = (printable(source), reason)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any, BinaryIO, cast
 from urllib.parse import urlsplit
 
@@ -13,6 +14,7 @@ from moai_llm.data.sources.records import Reading, Record, Skipped, Source
 from moai_llm.data.sources.streams import BLOCK
 from moai_llm.runtime import MoaiError, did_you_mean
 
+VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "mtime")  # what file systems tell of a file's state
 EXTRA = ("http", "https", "s3", "s3a", "gs", "gcs")  # protocols whose packages the extra `cloud` installs
 
 
@@ -38,7 +40,7 @@ def remote_sources(url: str, skipped: Skipped) -> list[Source]:
         )
     files, path = _filesystem(url)
     if web:
-        return [Source(name, _size(files, path, name), _reader(files, path, name))]
+        return [_source(files, path, name)]
     sources = []
     for each in _list(files, path, name):
         if any(part.startswith(".") for part in each.removeprefix(re.split(r"[*?\[]", path)[0]).split("/")):
@@ -46,8 +48,7 @@ def remote_sources(url: str, skipped: Skipped) -> list[Source]:
         if kind_of(each) is None:
             skipped.leave_out(name, suffix_of(each))
         else:
-            label = public(str(files.unstrip_protocol(each)))
-            sources.append(Source(label, _size(files, each, label), _reader(files, each, label)))
+            sources.append(_source(files, each, public(str(files.unstrip_protocol(each)))))
     if not sources:
         raise MoaiError(f"{name}: no file there is of a kind that can be read")
     return sources
@@ -83,27 +84,27 @@ def _list(files: Any, path: str, name: str) -> list[str]:
     return sorted(found)
 
 
-def _size(files: Any, path: str, name: str) -> int | None:
+def _source(files: Any, path: str, name: str) -> Source:
     try:
-        size = files.info(path).get("size")
+        info = files.info(path)
     except FileNotFoundError:
         raise MoaiError(f"{name}: nothing there") from None
     except Exception as error:
         raise MoaiError(f"{name}: {_words(error)}") from error
-    return None if size is None else int(size)
+    size = None if info.get("size") is None else int(info["size"])
+    version = next((str(info[key]) for key in VERSIONS if info.get(key)), "")
+    here = "memory" in files.protocol if isinstance(files.protocol, tuple) else files.protocol == "memory"
+    return Source(name, size, partial(_read, files, path, name), here=here, version=version)
 
 
-def _reader(files: Any, path: str, name: str) -> Callable[[Reading, Skipped], Iterator[Record]]:
-    def read(reading: Reading, skipped: Skipped) -> Iterator[Record]:
-        try:
-            file = files.open(path, "rb")
-        except Exception as error:
-            raise MoaiError(f"{name}: {_words(error)}") from error
-        with file:
-            stream = io.BufferedReader(_Remote(file, name), BLOCK)
-            yield from read_file(cast(BinaryIO, stream), name, getattr(file, "size", None), reading, skipped)
-
-    return read
+def _read(files: Any, path: str, name: str, reading: Reading, skipped: Skipped) -> Iterator[Record]:
+    try:
+        file = files.open(path, "rb")
+    except Exception as error:
+        raise MoaiError(f"{name}: {_words(error)}") from error
+    with file:
+        stream = io.BufferedReader(_Remote(file, name), BLOCK)
+        yield from read_file(cast(BinaryIO, stream), name, getattr(file, "size", None), reading, skipped)
 
 
 class _Remote(io.RawIOBase):

@@ -183,10 +183,10 @@ def as_utf8(file: BinaryIO, name: str, reading: Reading) -> io.BufferedReader:
             if marked == "utf-8":
                 stream.read(len(bom))
             break
-    return stream if _is_utf8(encoding) else buffered(Chunks(_recode(stream, name, encoding)))
+    return stream if is_utf8(encoding) else buffered(Chunks(_recode(stream, name, encoding)))
 
 
-def _is_utf8(encoding: str) -> bool:
+def is_utf8(encoding: str) -> bool:
     return codecs.lookup(encoding).name == "utf-8"
 
 

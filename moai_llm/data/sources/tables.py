@@ -11,12 +11,16 @@ from moai_llm.data.sources.records import Broken, Reading, Record, Skipped
 from moai_llm.data.sources.streams import buffered, counted
 from moai_llm.runtime import MoaiError, require
 
-BATCH_BYTES = 16 << 20
+BATCH_BYTES = 4 << 20
 BATCH_ROWS = 1024
 
 
-def read_parquet(file: BinaryIO, name: str, reading: Reading, skipped: Skipped) -> Iterator[Record]:
-    """The rows of a Parquet file; `file` must be seekable. Columns are read by the page."""
+def read_parquet(
+    file: BinaryIO, name: str, reading: Reading, skipped: Skipped, groups: range | None = None
+) -> Iterator[Record]:
+    """The rows of a Parquet file, or of some of its row groups; `file` must be seekable. Columns are read by the
+    page.
+    """
     parquet = require("pyarrow.parquet", "data")
     try:
         table = parquet.ParquetFile(file, pre_buffer=False, buffer_size=1 << 20)
@@ -27,13 +31,24 @@ def read_parquet(file: BinaryIO, name: str, reading: Reading, skipped: Skipped) 
     columns = reading.select(table.schema_arrow.names)
     rows, size = table.metadata.num_rows, sum(_sizes(table.metadata))
     batch_rows = max(1, min(BATCH_ROWS, BATCH_BYTES * rows // max(1, size)))
-    batches = table.iter_batches(batch_size=batch_rows, columns=columns, use_threads=False)
-    yield from _rows(batches, columns, name, skipped)
+    batches = table.iter_batches(batch_rows, row_groups=groups, columns=columns, use_threads=False)
+    first = 0 if groups is None else sum(table.metadata.row_group(i).num_rows for i in range(groups.start))
+    yield from _rows(batches, columns, name, skipped, first)
 
 
 def _sizes(metadata: Any) -> Iterator[int]:
     for group in range(metadata.num_row_groups):
         yield metadata.row_group(group).total_byte_size
+
+
+def stored_groups(path: Path) -> list[int]:
+    """Bytes of each row group of a Parquet file as it is stored; none of what is no Parquet."""
+    try:
+        metadata = require("pyarrow.parquet", "data").read_metadata(path)
+    except Exception:  # reading it will say what is wrong
+        return []
+    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+    return [sum(g.column(k).total_compressed_size for k in range(g.num_columns)) for g in groups]
 
 
 def read_arrow(file: BinaryIO, name: str, reading: Reading, skipped: Skipped) -> Iterator[Record]:
@@ -53,9 +68,10 @@ def read_arrow(file: BinaryIO, name: str, reading: Reading, skipped: Skipped) ->
     yield from _rows(batches, reading.select(table.schema.names), name, skipped)
 
 
-def _rows(batches: Iterator[Any], columns: list[str], name: str, skipped: Skipped) -> Iterator[Record]:
-    """The rows of record batches. pyarrow checks nothing of a damaged page until it gets there."""
-    number = 0
+def _rows(batches: Iterator[Any], columns: list[str], name: str, skipped: Skipped, number: int = 0) -> Iterator[Record]:
+    """The rows of record batches, counted from `number`. pyarrow checks nothing of a damaged page until it gets
+    there.
+    """
     while True:
         try:
             batch = next(batches, None)
