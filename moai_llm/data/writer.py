@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -187,8 +188,10 @@ class StoreWriter:
             with path.open("rb+") as saved:
                 os.fsync(saved.fileno())
         file = (self._work / "manifest.json").open("wb")
-        file.write(sealed(asdict(self.manifest), self._work))
+        content = sealed(asdict(self.manifest), self._work)
+        file.write(content)
         close_synced(file)
+        self.manifest = Manifest(**json.loads(content))
         for folder in (self._work / "tokenizer", self._work / "shards", self._work):
             sync_folder(folder)
         self._is_finished = True

@@ -108,7 +108,7 @@ def test_preference_pairs(moai: Moai, fails: Moai, prepare: tuple[object, ...], 
     file = write(tmp_path / "a.jsonl", *rows, {**rows[0], "rejected": rows[0]["chosen"]})
     output = flat(moai(*prepare, file, "--preference", "--valid", tmp_path / "valid", "--valid-share", 0.2))
     assert "3 2 1 chosen and rejected are the same 0" in output and "8 8 0 0" in output
-    assert "moai train" not in output and f"moai data show {tmp_path / 'out'} 0" in output
+    assert f"moai train RECIPE data.train={tmp_path / 'out'}" in output and "loss.type=dpo" in output
     assert len(Pairs(tmp_path / "out")) + len(Pairs(tmp_path / "valid")) == 10
     info = flat(moai("data", "info", tmp_path / "out"))
     assert "kind preference" in info and "rows of" not in info and "damage none" in info

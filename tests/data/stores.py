@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from moai_llm.data.manifest import sealed
 from moai_llm.data.shards import Kind, Store
 from moai_llm.data.writer import StoreWriter
 from moai_llm.tokenizer import Tokenizer
@@ -23,8 +21,6 @@ def write_store(
             learn = None if kind == "text" else [i % 2 == 1 for i in range(len(ids))]
             writer.add(ids, 3 * len(ids), learn)
         writer.close(["test"])
-    manifest = Store(out).manifest
-    (out / "manifest.json").write_bytes(sealed(asdict(manifest), out))
     return Store(out)
 
 

@@ -46,8 +46,9 @@ def stores(sound: Path, tmp_path: Path) -> Path:
 
 def rows(store: Path) -> dict[str, torch.Tensor]:
     """All that training reads of a store."""
-    loader = Loader(Store(store), SEQ_LEN, seed=0)
-    return {**loader.rows(0, len(loader)), "template": torch.tensor([hash(loader.store.tokenizer().chat_template)])}
+    opened = Store(store)
+    loader = Loader(opened, SEQ_LEN, seed=0)
+    return {**loader.rows(0, len(loader)), "template": torch.tensor([hash(opened.tokenizer().chat_template)])}
 
 
 def damage(file: Path, rng: np.random.Generator) -> str:
