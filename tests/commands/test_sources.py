@@ -202,3 +202,20 @@ def test_progress_off_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert "50% read: 3 documents" in lines(60, 40)
     assert "read:" not in lines(60, None) and "3 documents" in lines(60, None)
+
+
+def test_progress_says_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared, "EVERY", -1)
+    now = [0.0]
+    monkeypatch.setattr(shared, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    console = Console(file=io.StringIO(), width=200)
+    with ReadProgress(console, [Source("a", 1_000_000_000, lambda *_: iter(()))]) as progress:
+        progress.read(400_000_000)  # by an earlier run: it does not count as fast
+        progress.update("begun")
+        now[0] = 10
+        progress.read(100_000_000)
+        progress.update("3 documents")
+        now[0] = 20
+        progress.update("4 documents")
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert lines[1:] == ["50% read: 3 documents, 10 MB/s, 0:50 left", "50% read: 4 documents, 5 MB/s, 1:40 left"]

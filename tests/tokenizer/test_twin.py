@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 import random
 import time
 
+import numpy as np
 import pytest
 import tiktoken
 import tokenizers
@@ -20,7 +22,7 @@ import moai_llm.tokenizer.twin as twin_module
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.byte_level import build_bpe, read_bpe, spell
 from moai_llm.tokenizer.split import CL100K_SPLIT, GPT2_SPLIT, O200K_SPLIT
-from moai_llm.tokenizer.twin import make_twin
+from moai_llm.tokenizer.twin import NO_TOKEN, make_twin
 
 BYTES = {spell(bytes([i])): i for i in range(256)}
 HARD = [
@@ -340,3 +342,25 @@ def test_every_space_of_the_engines_is_one_to_python() -> None:
     every = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
     found = spaces.decode(spaces.encode_ordinary(every))
     assert len(found) == 25 and found.isspace()
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_arrays_and_copies_for_other_processes(pickled: bool, tokenizer: Tokenizer) -> None:
+    """The same ids as arrays, and of a copy that has no backend until something asks for it."""
+    copy = pickle.loads(pickle.dumps(tokenizer)) if pickled else tokenizer
+    texts = ["", "이자는 interest", f"{NO_TOKEN} é{NO_TOKEN}é", "lone \ud800 surrogate", "<|endoftext|>", "<<<<" * 9]
+    expected = [tokenizer.encode(text) for text in texts]
+    assert [copy.encode_array(text).tolist() for text in texts] == expected
+    assert [ids.tolist() for ids in copy.encode_arrays(texts * 9000, threads=2)][-len(texts) :] == expected
+    assert ("backend" in vars(copy)) == (not pickled) and copy.eos_id == tokenizer.eos_id
+    spaces = " " * 250_000  # for `tokenizers` alone
+    assert copy.encode_array(spaces).tolist() == tokenizer.encode(spaces) and "backend" in vars(copy)
+    assert copy.fingerprint == tokenizer.fingerprint
+
+
+def test_arrays_without_a_twin(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = tokenizer.encode("이자 interest")
+    other = Tokenizer(tokenizer.backend, tokenizer.roles)
+    monkeypatch.setitem(vars(other), "_twin", None)
+    assert [ids.tolist() for ids in other.encode_arrays(["이자 interest"])] == [expected]
+    assert other.encode_array("이자 interest").dtype == np.uint32

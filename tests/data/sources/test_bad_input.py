@@ -421,3 +421,18 @@ def test_the_account_is_bounded() -> None:
     assert skipped.bad_count == 3000 == sum(row.times for row in skipped.broken())
     assert len(skipped.broken()) == 1001 and skipped.broken()[0][:3] == ("further files", "not JSON", 2000)
     assert sum(count for *_, count in skipped.left_out()) == 3000 and len(skipped.left_out()) == 1001
+
+
+def test_an_account_in_parts_is_the_account() -> None:
+    """What several `Skipped` count and one absorbs, in their order, is what one alone would have counted."""
+    told = [(f"{i % 7}.jsonl", f"{i % 7}.jsonl:{i}", f"reason {i % 3}") for i in range(100)]
+    whole, parts = Skipped(allow_bad=True), Skipped(allow_bad=True)
+    for start in range(0, 100, 9):
+        part = Skipped(allow_bad=True)
+        for source, place, reason in told[start : start + 9]:
+            for one in (whole, part):
+                one.bad(source, place, reason)
+                one.leave_out(source, reason)
+        parts.absorb(part.account())
+        assert part.take().bad and part.bad_count == 0 and part.account() == ([], [])
+    assert (parts.broken(), parts.left_out(), parts.bad_count) == (whole.broken(), whole.left_out(), 100)
