@@ -5,12 +5,11 @@ tokenizer/transfer.py, how by modeling/vocabulary.py; here is the directory that
 from __future__ import annotations
 
 import argparse
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moai_llm.commands.sources import add_reading_options
+from moai_llm.export.place import written_beside
 from moai_llm.runtime import MoaiError, logger, make_console
 
 if TYPE_CHECKING:
@@ -136,27 +135,12 @@ class Transfer:
             MoaiError: it cannot be written; what was there is untouched.
         """
         self.apply(self.model, init, seed)
-        recipe, out = self._recipe(out), out.resolve()
-        temporary = out.with_name(f".tmp-{out.name}-{os.getpid()}")
-        replaced = temporary.with_name(f"{temporary.name}-old")
-        try:
-            temporary.mkdir(parents=True)
-            self.model.save_pretrained(temporary)
-            self.new.save(temporary)
+        recipe = self._recipe(out)
+        with written_beside(out) as place:
+            self.model.save_pretrained(place)
+            self.new.save(place)
             if recipe is not None:
-                (temporary / "recipe.yaml").write_text(recipe, encoding="utf-8")
-            if out.exists():
-                os.replace(out, replaced)
-            os.replace(temporary, out)
-        except Exception as error:  # safetensors raises its own type for a full disk
-            if not isinstance(error, OSError) and "SafetensorError" not in type(error).__name__:
-                raise
-            raise MoaiError(f"{out} cannot be written: {error}") from None
-        finally:
-            if replaced.exists() and not out.exists():
-                os.replace(replaced, out)
-            for path in (temporary, replaced):
-                shutil.rmtree(path, ignore_errors=True)
+                (place / "recipe.yaml").write_text(recipe, encoding="utf-8")
 
     def _recipe(self, out: Path) -> str | None:
         from moai_llm import recipe as recipes

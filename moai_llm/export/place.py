@@ -10,6 +10,8 @@ from pathlib import Path
 
 from moai_llm.runtime import MoaiError
 
+MODEL = "model.gguf"
+
 
 def require_free(out: Path, source: Path, overwrite: bool) -> None:
     """Refuse an `out` that holds something, unless `overwrite` is set, and one that would touch what is read.
@@ -27,9 +29,6 @@ def require_free(out: Path, source: Path, overwrite: bool) -> None:
     ours = out.is_file() and out.suffix == ".gguf" or any((out / name).is_file() for name in ("config.json", MODEL))
     if not ours:
         raise MoaiError(f"{out} is there and holds no exported model, so it is not replaced: choose another --out")
-
-
-MODEL = "model.gguf"
 
 
 @contextmanager

@@ -8,6 +8,7 @@ ids before anyone runs it.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -198,7 +199,5 @@ def _plain_jinja(template: str) -> str:
     """Without transformers' `{% generation %}`, which marks and changes nothing; a block that is always true keeps the
     white space as it was.
     """
-    import re
-
     template = re.sub(r"\{%(-?)\s*generation\s*(-?)%\}", r"{%\1 if true \2%}", template)
     return re.sub(r"\{%(-?)\s*endgeneration\s*(-?)%\}", r"{%\1 endif \2%}", template)

@@ -173,10 +173,7 @@ def test_only_the_last_step_may_replace_a_file(
 
     def wrong(model, family):  # type: ignore[no-untyped-def]
         config, state = prepared(model, family)
-        state = {name: tensor.clone() for name, tensor in state.items()}
-        state["model.norm.weight"].mul_(1.01)
-        state.pop("model.norm.weight")
-        return config, state
+        return config, {name: tensor for name, tensor in state.items() if name != "model.norm.weight"}
 
     monkeypatch.setattr(export_module, "prepared", wrong)
     with pytest.raises(KeyError):

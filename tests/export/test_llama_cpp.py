@@ -90,17 +90,22 @@ def strings() -> list[str]:
 
 
 @torch.no_grad()
-def agreement(model: TextModel, prompts: list[list[int]], continued: list[list[dict[str, Any]]]) -> tuple[int, float]:
-    """How many prompts are continued alike to the end, and the largest difference of any probability on the way."""
-    alike, worst = 0, 0.0
+def agreement(
+    model: TextModel, prompts: list[list[int]], continued: list[list[dict[str, Any]]]
+) -> tuple[int, float, float]:
+    """How many prompts are continued alike to the end, and the largest difference of any probability on the way, and of
+    any of their logarithms: models of random weights spread their probability thin.
+    """
+    alike, worst, logarithm = 0, 0.0, 0.0
     for prompt, steps in zip(prompts, continued, strict=True):
         ids = torch.tensor([prompt + [step["id"] for step in steps]])
         size = model.tokenizer.vocab_size
         logits = model.model(ids).logits[0, len(prompt) - 1 : -1, :size].float()
         theirs = torch.tensor([step["probabilities"] for step in steps])
         worst = max(worst, (logits.softmax(-1) - theirs).abs().max().item())
+        logarithm = max(logarithm, (logits.log_softmax(-1) - theirs.log()).abs().max().item())
         alike += logits.argmax(-1).tolist() == ids[0, len(prompt) :].tolist() and len(steps) == TOKENS
-    return alike, worst
+    return alike, worst, logarithm
 
 
 def exportable() -> dict[str, MoaiConfig]:
@@ -123,10 +128,12 @@ def test_llama_cpp_continues_every_model_as_we_do(peer: Path, tmp_path: Path, wo
     for (name, model), answer in zip(models.items(), ask(peer, tmp_path, jobs), strict=True):
         assert answer["ids"] == prompts, name
         found[name] = agreement(model, prompts, answer["continued"])
-        print(f"{name}: {found[name][0]} of {len(prompts)}, probabilities differ by up to {found[name][1]:.1e}")
+        alike, worst, logarithm = found[name]
+        print(f"{name}: {alike} of {len(prompts)}, probabilities differ by up to {worst:.1e}, logs by {logarithm:.1e}")
     assert len(found) >= 24
-    assert {name: alike for name, (alike, _) in found.items()} == dict.fromkeys(found, len(prompts))
-    assert max(worst for _, worst in found.values()) < 1e-3
+    assert {name: alike for name, (alike, _, _) in found.items()} == dict.fromkeys(found, len(prompts))
+    assert max(worst for _, worst, _ in found.values()) < 1e-3
+    assert max(logarithm for _, _, logarithm in found.values()) < 1e-3
     other = models["moai-3b-tiny"], models["moai-4.7b-tiny"]  # control: another model does not pass
     answer = ask(peer, tmp_path, [jobs[list(models).index("moai-3b-tiny")]])[0]
     assert agreement(other[1], prompts, answer["continued"])[0] == 0
@@ -144,7 +151,7 @@ def test_llama_cpp_reads_every_type(peer: Path, tmp_path: Path, words: Tokenizer
         jobs.append({"model": str(tmp_path / f"{dtype}.gguf"), "prompts": prompts, "tokens": TOKENS, "strings": []})
     model = load_model(folder, "cpu", "fp32")
     for job, answer in zip(jobs, ask(peer, tmp_path, jobs), strict=True):
-        alike, worst = agreement(model, prompts, answer["continued"])
+        alike, worst, _ = agreement(model, prompts, answer["continued"])
         print(f"{Path(job['model']).stem}: {alike} of {len(prompts)}, probabilities differ by up to {worst:.1e}")
         assert worst < {"fp16": 0.02, "bf16": 0.1, "q8_0": 0.1, "q4_0": 0.5}[Path(job["model"]).stem]
 
