@@ -21,8 +21,8 @@ from moai_llm.ops.distillation import DistillationTerms, Head, linear_distillati
 from moai_llm.ops.log_probs import document_sums, linear_log_probs
 
 ROWS, ANSWERS = 4096, 8  # four pairs of answers of 512 tokens
-SIZES = ((512, 32768), (512, 65536), (512, 131072), (1024, 32768), (1024, 65536), (1024, 131072))
-SMALLER = SIZES[:2]  # all logits of two models, with what autograd keeps of them, are large soon
+SIZES = ((512, 32768), (512, 131072), (1024, 32768), (1024, 131072))
+SMALLER = ((512, 32768), (512, 65536))  # all logits of two models, with what autograd keeps of them, are large soon
 Gradients = tuple[Tensor, Tensor, Tensor]
 Candidates = dict[str, Callable[..., Gradients]]
 BETA = 0.1

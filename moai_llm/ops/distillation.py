@@ -125,32 +125,40 @@ def _block(
 ) -> Tensor:
     """(4,) sums over the rows of student logits (R, V) and teacher logits (R, N); `gradient` may be the logits."""
     dtype, count, t = torch.promote_types(logits.dtype, torch.float32), theirs.shape[1], terms.temperature
-    z, at_target = logits.to(dtype), targets[:, None]
-    log_p = torch.log_softmax(theirs.to(dtype) / t, -1)
-    p = log_p.exp()
-    log_q = torch.log_softmax(z / t, -1)
-    log_s = log_q if t == 1 else torch.log_softmax(z, -1)
+    at_target = targets[:, None]
+    log_p, log_q = (_log_softmax(x, t, dtype) for x in (theirs, logits))
+    log_s = log_q if t == 1 else _log_softmax(logits, 1, dtype)
     nll = -log_s.gather(1, at_target).sum()
-    forward = (p * (log_p - log_q[:, :count])).sum()
-    reverse = torch.zeros_like(forward)
-    slopes = None if gradient is None else torch.zeros_like(log_q)
-    if slopes is not None and terms.cross_entropy:
-        slopes.add_(log_s.exp(), alpha=terms.cross_entropy)
-        slopes.scatter_add_(1, at_target, slopes.new_full(at_target.shape, -terms.cross_entropy))
-    if slopes is not None and terms.forward:
-        slopes.add_(log_q.exp(), alpha=terms.forward * t)
-        slopes[:, :count].sub_(p, alpha=terms.forward * t)
+    p = log_p.exp()
+    forward = (log_p - log_q[:, :count]).mul_(p).sum()
+    reverse, of_reverse = torch.zeros_like(forward), None
     if terms.reverse:
-        log_q = log_q[:, :count] - torch.logsumexp(log_q[:, :count], -1, keepdim=True)
-        q, ratio = log_q.exp(), log_q - log_p
+        log_q_tokens = log_q[:, :count] - torch.logsumexp(log_q[:, :count], -1, keepdim=True)
+        q, ratio = log_q_tokens.exp(), log_q_tokens.sub_(log_p)
         divergence = (q * ratio).sum(-1, keepdim=True)
-        reverse = divergence.sum()
-        if slopes is not None:
-            slopes[:, :count].add_(q.mul_(ratio.sub_(divergence)), alpha=terms.reverse * t)
-    if gradient is not None and slopes is not None:
-        gradient.copy_(slopes)
+        reverse, of_reverse = divergence.sum(), q.mul_(ratio.sub_(divergence))
+    if gradient is not None:  # from here on the logits are gone
+        a, weight = terms.cross_entropy, terms.forward * t
+        direct = gradient.dtype == dtype
+        slopes = torch.exp(log_q, out=gradient) if direct else log_q.exp()
+        if weight + (a if t == 1 else 0) != 1:
+            slopes.mul_(weight + (a if t == 1 else 0))
+        if a and t != 1:
+            slopes.add_(log_s.exp_(), alpha=a)
+        if a:
+            slopes.scatter_add_(1, at_target, slopes.new_full(at_target.shape, -a))
+        if weight:
+            slopes[:, :count].sub_(p, alpha=weight)
+        if of_reverse is not None:
+            slopes[:, :count].add_(of_reverse, alpha=terms.reverse * t)
+        if not direct:
+            gradient.copy_(slopes)
     objective = terms.cross_entropy * nll + t * t * (terms.forward * forward + terms.reverse * reverse)
     return torch.stack([objective, nll, forward, reverse])
+
+
+def _log_softmax(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    return torch.log_softmax(logits if temperature == 1 else logits.to(dtype) / temperature, -1, dtype=dtype)
 
 
 def linear_distillation_reference(

@@ -51,18 +51,19 @@ class _LogProbs(torch.autograd.Function):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         valid = (targets != ignore_index).nonzero().squeeze(1)
         wanted = targets[valid][:, None]
-        at_target, log_total = (torch.empty(len(valid), dtype=dtype, device=hidden.device) for _ in range(2))
+        found, log_total = (torch.empty(len(valid), 1, dtype=dtype, device=hidden.device) for _ in range(2))
 
         def visit(logits: Tensor, part: slice) -> None:
-            at_target[part] = logits.gather(1, wanted[part]).squeeze(1).to(dtype)
-            totals = log_total[part]
             for block in blocks(logits):
-                totals[block] = torch.logsumexp(logits[block].to(dtype), -1)
+                here = wanted[part][block]  # log_softmax is one pass where log sum exp is several
+                log_p = torch.log_softmax(logits[block], -1, dtype=dtype).gather(1, here)
+                found[part][block] = log_p
+                log_total[part][block] = logits[block].gather(1, here).to(dtype) - log_p
 
         over_chunks(hidden, weight, valid, visit, chunk_rows)
         ctx.save_for_backward(hidden, weight, wanted, valid, log_total)
         ctx.chunk_rows = chunk_rows
-        return torch.zeros(len(targets), dtype=dtype, device=hidden.device).index_copy(0, valid, at_target - log_total)
+        return torch.zeros(len(targets), dtype=dtype, device=hidden.device).index_copy(0, valid, found.squeeze(1))
 
     @staticmethod
     @once_differentiable
@@ -71,11 +72,12 @@ class _LogProbs(torch.autograd.Function):
         scale = gradient[valid][:, None]
 
         def visit(logits: Tensor, part: slice) -> None:
-            g, totals, targets = scale[part], log_total[part][:, None], wanted[part]
             for block in blocks(logits):
-                slopes = (logits[block] - totals[block]).exp_().mul_(-g[block])  # in the dtype of the totals
-                slopes.scatter_add_(1, targets[block], g[block])
-                logits[block] = slopes
+                g, mine = scale[part][block], logits[block]
+                slopes = mine if mine.dtype == g.dtype else mine.to(g.dtype)
+                slopes.sub_(log_total[part][block]).exp_().mul_(-g).scatter_add_(1, wanted[part][block], g)
+                if slopes is not mine:
+                    mine.copy_(slopes)
 
         grad_hidden, grad_weight = ctx.needs_input_grad[:2]
         d_hidden, d_weight = over_chunks(
