@@ -128,6 +128,8 @@ def test_mamba_with_channel_mixers_leaves_as_jamba_with_a_layer_that_does_nothin
         assert torch.equal(*both)  # through transformers' cache, which a Jamba without attention breaks
         added = native.model.layers[3]
         added.feed_forward = type(native.model.layers[0].feed_forward)(native.config)  # control: not zero
+        for parameter in added.feed_forward.parameters():
+            parameter.normal_()
         assert (native(ids).logits - model(ids).logits).abs().max() > 1e-3
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from moai_llm.optimization import ClipConfig
 from moai_llm.training import loop
 from moai_llm.training.clipping import Clip, clip_units_
-from moai_llm.training.monitor import read_metrics
+from moai_llm.training.events import read_metrics
 from tests.conftest import tiny_model
 from tests.training.conftest import MakeRecipe, train
 from tests.training.test_run import Stop, same, stop_at

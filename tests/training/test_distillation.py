@@ -12,8 +12,8 @@ from moai_llm.losses import create_loss_function
 from moai_llm.recipe import OptimConfig
 from moai_llm.runtime import MoaiError
 from moai_llm.training.distillation import Distillation
+from moai_llm.training.events import read_metrics
 from moai_llm.training.loop import train_step
-from moai_llm.training.monitor import read_metrics
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import make_precision
 from tests.conftest import tiny_model

@@ -15,7 +15,7 @@ from moai_llm.data.prepare import prepare
 from moai_llm.data.shards import Store
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
-from moai_llm.training.monitor import read_metrics
+from moai_llm.training.events import read_metrics
 from moai_llm.training.start import total_steps
 from tests.training.conftest import MakeRecipe, train
 from tests.training.test_run import Stop, same, stop_at

@@ -9,8 +9,8 @@ import pytest
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.runtime import MoaiError
 from moai_llm.training import loop
+from moai_llm.training.events import read_metrics
 from moai_llm.training.loop import Hook
-from moai_llm.training.monitor import read_metrics
 from tests.training.conftest import MakeRecipe, train
 from tests.training.test_run import Stop, same
 

@@ -11,7 +11,7 @@ import pytest
 from moai_llm.cli import main
 from moai_llm.data.sources import read_records
 from moai_llm.tokenizer.train import train_tokenizer
-from moai_llm.training.monitor import read_metrics
+from moai_llm.training.events import read_metrics
 from tests.conftest import shared_data
 
 SMALL = [

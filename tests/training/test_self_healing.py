@@ -20,7 +20,7 @@ from moai_llm.runtime import MoaiError
 from moai_llm.training import loop
 from moai_llm.training.checkpoint import Checkpoints
 from moai_llm.training.clipping import Clip
-from moai_llm.training.monitor import read_metrics
+from moai_llm.training.events import read_metrics
 from moai_llm.training.rollback import record, steps_ahead
 from moai_llm.training.run import Run
 from moai_llm.training.watchdog import EXIT_CODE
