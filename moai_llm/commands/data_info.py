@@ -74,10 +74,11 @@ def _facts(overview: Overview) -> dict[str, str]:
     }
     if overview.strategy:
         facts["merged"] = f"{len(overview.parts)} stores, {overview.strategy}"
-    for rows in overview.packings[:1]:  # none where there are pairs, which are not packed
+    unit = "pairs" if overview.kind == "preference" else "documents"
+    for rows in overview.packings[:1]:
         facts[f"rows of {overview.seq_len}"] = f"{rows.rows:,}, {rows.fullness:.1%} full"
-        facts["documents cut"] = f"{rows.cut:,}"
-        facts["documents dropped"] = f"{rows.dropped:,}"
+        facts[f"{unit} cut"] = f"{rows.cut:,}"
+        facts[f"{unit} dropped"] = f"{rows.dropped:,}"
         facts["dropped tokens"] = f"{rows.dropped_tokens:,}"
         if not overview.strategy:
             few = rows.wait is None

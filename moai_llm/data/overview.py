@@ -14,6 +14,7 @@ import numpy as np
 from moai_llm.data.balance import imbalance, rows_of_stream
 from moai_llm.data.merge import epochs
 from moai_llm.data.packing import STRATEGIES, Packing, pack
+from moai_llm.data.pair_loader import PairLoader
 from moai_llm.data.shards import Part, Store
 
 RANKS = 8  # for which it is said how even the work is
@@ -85,9 +86,8 @@ def look(store: Store, seq_len: int, packing: str, overlong: str | None = None, 
     """
     manifest, parts = store.manifest, store.parts()
     lengths = [part.store.lengths() for part in parts]
-    packs = (
-        [] if manifest.kind == "preference" else [packing, *(name for name in STRATEGIES if every and name != packing)]
-    )
+    others = (name for name in STRATEGIES if every and name != packing)
+    packs = [packing, *(name for name in others if manifest.kind != "preference" or name != "concat")]
     rows = [
         [pack_part(part.store, each, seq_len, name, overlong) for part, each in zip(parts, lengths)] for name in packs
     ]
@@ -122,6 +122,8 @@ def look(store: Store, seq_len: int, packing: str, overlong: str | None = None, 
 
 def pack_part(store: Store, lengths: np.ndarray, seq_len: int, packing: str, overlong: str | None) -> Packing:
     """The rows of a plain store. Without `overlong` a conversation loses its end, and a text is split."""
+    if store.manifest.kind == "preference":
+        return PairLoader(store, seq_len, packing=packing, overlong=overlong).packing
     default = "truncate" if store.manifest.kind == "chat" else "split"
     return pack(lengths, seq_len, packing, overlong or default)
 

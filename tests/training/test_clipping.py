@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moai_llm.optimization import ClipConfig
-from moai_llm.training import loop
+from moai_llm.training import run
 from moai_llm.training.clipping import Clip, clip_units_
 from moai_llm.training.events import read_metrics
 from tests.conftest import tiny_model
@@ -145,6 +145,6 @@ def test_resumed_equals_uninterrupted_bit_for_bit(
         again = make_recipe(*wanted, "eval.every=1", out="again")
         with pytest.raises(Stop):
             train(again, hooks=[stop_at(3)], quiet=True)
-        restore = loop.restore
-        monkeypatch.setattr(loop, "restore", lambda *arguments: {**restore(*arguments), "norms": []})
+        restore = run.restore
+        monkeypatch.setattr(run, "restore", lambda *arguments: {**restore(*arguments), "norms": []})
         assert not same(whole, train(again, resume=True, quiet=True))

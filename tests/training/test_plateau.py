@@ -8,7 +8,7 @@ import pytest
 
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.runtime import MoaiError
-from moai_llm.training import loop
+from moai_llm.training import run
 from moai_llm.training.events import read_metrics
 from moai_llm.training.loop import Hook
 from tests.training.conftest import MakeRecipe, train
@@ -60,8 +60,8 @@ def test_control_without_its_evaluations_it_is_another_run(
     broken = make_recipe(*PLATEAU, out="broken")
     with pytest.raises(Stop):
         train(broken, hooks=[evaluation(6)], quiet=True)
-    restore = loop.restore
-    monkeypatch.setattr(loop, "restore", lambda *arguments: {**restore(*arguments), "eval_losses": []})
+    restore = run.restore
+    monkeypatch.setattr(run, "restore", lambda *arguments: {**restore(*arguments), "eval_losses": []})
     assert not same(whole, train(broken, hooks=[evaluation()], resume=True, quiet=True))
 
 

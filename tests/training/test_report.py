@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -130,6 +131,8 @@ def test_checkpoints_and_their_digests(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
         (folder / "model.safetensors").write_bytes(b"x" * 2_000_000)
         (folder / "MANIFEST.json").write_text('{"files": {"model.safetensors": "0"}}')
+        own = hashlib.sha256((folder / "MANIFEST.json").read_bytes()).hexdigest()
+        (folder / "MANIFEST.sha256").write_text(f"{own}  MANIFEST.json\n")
     kept = read_run(run, "run").checkpoints
     assert [k.name for k in kept] == ["damaged-step-00000030", "step-00000060"] and all(k.problem for k in kept)
     parsed = Page(page([read_run(run, "run")]))
