@@ -145,7 +145,7 @@ class _Run:
             "version": __version__, "kind": job.kind, "tokenizer": tokenizer.fingerprint, "roles": tokenizer.roles,
             "chat_template": template, "map": dict(job.reading.mapping), "skip_bad": job.reading.skip_bad,
             "max_record": job.reading.max_record, "encoding": job.reading.encoding, "code": asdict(job.code),
-            "chat": None if job.chat is None else asdict(job.chat), "few": job.few, "every": job.every,
+            "chat": None if job.chat is None else asdict(job.chat), "few": job.few, "one held out of": job.every,
             "clean": None if job.clean is None else asdict(job.clean.config), "part": job.part,
             "valid": None if valid is None else str(valid.absolute()), "shard_tokens": self._shard_tokens,
             "slices": [cutting.PIECE_BYTES, blocks.BATCH, blocks.BATCH_SIZE],
