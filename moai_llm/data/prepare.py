@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -334,7 +333,7 @@ def _can_travel(job: Job, sources: Iterable[Source]) -> bool:
         return False
     try:
         pickle.dumps(job.reading), pickle.dumps(job.clean)
-        pickle.dumps([source for source in sources if not isinstance(source.read, partial)])
+        pickle.dumps([source for source in sources if source.path is None])
     except Exception:  # pickle has no common one
         return False
     return True
