@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -145,7 +144,7 @@ class _Run:
             "version": __version__, "kind": job.kind, "tokenizer": tokenizer.fingerprint, "roles": tokenizer.roles,
             "chat_template": template, "map": dict(job.reading.mapping), "skip_bad": job.reading.skip_bad,
             "max_record": job.reading.max_record, "encoding": job.reading.encoding, "code": asdict(job.code),
-            "chat": None if job.chat is None else asdict(job.chat), "few": job.few, "every": job.every,
+            "chat": None if job.chat is None else asdict(job.chat), "few": job.few, "one held out of": job.every,
             "clean": None if job.clean is None else asdict(job.clean.config), "part": job.part,
             "valid": None if valid is None else str(valid.absolute()), "shard_tokens": self._shard_tokens,
             "slices": [cutting.PIECE_BYTES, blocks.BATCH, blocks.BATCH_SIZE],
@@ -334,7 +333,7 @@ def _can_travel(job: Job, sources: Iterable[Source]) -> bool:
         return False
     try:
         pickle.dumps(job.reading), pickle.dumps(job.clean)
-        pickle.dumps([source for source in sources if not isinstance(source.read, partial)])
+        pickle.dumps([source for source in sources if source.path is None])
     except Exception:  # pickle has no common one
         return False
     return True

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -219,3 +221,13 @@ def test_progress_says_how_fast_and_how_long(monkeypatch: pytest.MonkeyPatch) ->
         progress.update("4 documents")
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines[1:] == ["50% read: 3 documents, 10 MB/s, 0:50 left", "50% read: 4 documents, 5 MB/s, 1:40 left"]
+
+
+def test_a_pipe_is_read_once(moai: Moai, prepare: tuple[object, ...], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    lines = b"".join(b'{"text": "text %d"}\n' % i for i in range(9))
+    writer = threading.Thread(target=(tmp_path / "pipe.jsonl").write_bytes, args=(lines,))
+    writer.start()
+    moai(*prepare, tmp_path / "pipe.jsonl", "--valid", tmp_path / "v", "--valid-share", 0.25)
+    writer.join()
+    assert len(stored(tmp_path / "v")) == 3 and len(stored(tmp_path / "out")) == 6

@@ -102,11 +102,13 @@ def _file(path: Path, root: str, skipped: Skipped) -> list[Source]:
         link = f" (a link to {os.readlink(path)})" if path.is_symlink() else ""
         skipped.bad(str(path), str(path), "cannot be read", f": {error.strerror}{link}")
         return []
-    size = status.st_size
-    if not size and stat.S_ISREG(status.st_mode):
+    size, pipe = status.st_size, not stat.S_ISREG(status.st_mode)
+    if not size and not pipe:
         skipped.leave_out(root, "an empty file")
         return []
     read = partial(_read_path, path, size)
+    if pipe:
+        return [Source(str(path), None, read, once=True, here=True)]
     return [Source(str(path), size, read, path=path, version=str(status.st_mtime_ns))]
 
 

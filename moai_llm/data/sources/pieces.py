@@ -38,17 +38,18 @@ def slices(sources: Iterable[Source], reading: Reading) -> Iterator[list[Piece]]
     sources. What cannot be cut is one portion, however large.
     """
     size = PIECE_BYTES
-    small: list[Piece] = []
+    small, collected = list[Piece](), 0
     for source in sources:
         pieces = cut(source, reading, size)
         alone = len(pieces) > 1 or source.size is None
-        if small and (alone or len(small) == MANY or sum(p.source.size or 0 for p in small) >= size):
+        if small and (alone or len(small) == MANY or collected >= size):
             yield small
-            small = []
+            small, collected = [], 0
         if alone:
             yield from ([piece] for piece in pieces)
         else:
             small += pieces
+            collected += source.size or 0
     if small:
         yield small
 
