@@ -73,14 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
         return
     _check_profiling(arguments)
     from moai_llm.data.shards import Store
-    from moai_llm.inference.generate import resolve_model
     from moai_llm.training.loop import train
     from moai_llm.training.profile import ProfileOptions
 
-    if recipe.train.init_from and not (resume and not Path(recipe.train.init_from).exists()):
-        recipe.train.init_from = str(resolve_model(recipe.train.init_from))
-    if recipe.loss.teacher:
-        recipe.loss.teacher = str(resolve_model(recipe.loss.teacher))
+    resolve_models(recipe, resume=resume is not None)
     if arguments.find_lr:
         _find_lr(recipe, resume=resume is not None, fresh=arguments.fresh)
         return
@@ -96,6 +92,16 @@ def run(arguments: argparse.Namespace) -> None:
         chats = Store(recipe.data.stores()[-1]).manifest.kind != "text"
         use = f"moai chat {recipe.train.out}" if chats else f"moai generate {recipe.train.out} --prompt TEXT"
         print(f"saved {trained.checkpoint}. Next: {use}")
+
+
+def resolve_models(recipe: Recipe, *, resume: bool) -> None:
+    """In place of a run or a quickstart that the recipe names, the model directory in it."""
+    from moai_llm.inference.generate import resolve_model
+
+    if recipe.train.init_from and not (resume and not Path(recipe.train.init_from).exists()):
+        recipe.train.init_from = str(resolve_model(recipe.train.init_from))
+    if recipe.loss.teacher:
+        recipe.loss.teacher = str(resolve_model(recipe.loss.teacher))
 
 
 def _find_lr(recipe: Recipe, *, resume: bool, fresh: bool) -> None:
