@@ -25,21 +25,8 @@ if TYPE_CHECKING:
 STEPS, ROW, ROWS = 8, 64, 4  # of the run; the longest row; rows of a step
 SMALL = 20e6  # parameters of a recipe that is run as it is
 WORDS = (
-    "river",
-    "bank",
-    "interest",
-    "rate",
-    "paper",
-    "winter",
-    "이자",
-    "은행",
-    "강",
-    "利息",
-    "银行",
-    "川",
-    "def",
-    "42",
-)
+    "river", "bank", "interest", "rate", "paper", "winter", "이자", "은행", "강", "利息", "银行", "川", "def", "42",
+)  # fmt: skip
 
 
 def smoke(name: str, overrides: Sequence[str]) -> None:
