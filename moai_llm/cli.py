@@ -21,6 +21,7 @@ COMMANDS = {
     "recipes": ("moai_llm.commands.recipes", "list the model presets, or print one"),
     "plan": ("moai_llm.commands.plan", "memory, days and cost of a run, before it is started"),
     "train": ("moai_llm.commands.train", "train a recipe: pretraining and fine-tuning"),
+    "sweep": ("moai_llm.commands.sweep", "train a recipe for every combination of some keys, and compare"),
     "generate": ("moai_llm.commands.generate", "continue a prompt"),
     "chat": ("moai_llm.commands.chat", "talk to a model in the terminal"),
     "eval": ("moai_llm.commands.evaluate", "measure a model"),

@@ -1,4 +1,4 @@
-"""How a model is optimised, as plain data: the sections `optim`, `schedule` and `clip` of a recipe."""
+"""How a model is optimised, as plain data: the sections `optim`, `schedule`, `clip` and `lora` of a recipe."""
 
 from __future__ import annotations
 
@@ -104,3 +104,35 @@ class ClipConfig:
     ratio: Positive = 0.01
     #: agc: weights count as at least this large
     eps: Positive = 1e-3
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on a frozen model (arXiv 2106.09685); `training/lora.py` puts them there."""
+
+    #: of the matrices an adapter adds; 0: no adapters, all weights are trained
+    rank: Annotated[int, Ge(0)] = 0
+    #: what an adapter adds is multiplied by alpha / rank
+    alpha: Positive = 16.0
+    #: share of an adapter's inputs that are dropped while training
+    dropout: Beta = 0.0
+    #: all-linear, or regular expressions that find linear layers by name; never the output layer
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    #: adapters on the stacked weights of experts, too
+    experts: bool = False
+
+    def check(self) -> None:
+        """Raises ValueError, beginning with the key, for what does nothing or cannot be."""
+        if not self.rank and self != LoraConfig():
+            raise ValueError("rank=0 is off, so the other keys of lora do nothing: set lora.rank, 16 for example")
+        if self.targets == [] and not self.experts:
+            raise ValueError("targets is empty: name linear layers, or set lora.experts=true")
+        if self.experts and self.dropout:
+            raise ValueError(
+                "dropout is not there for experts, whose adapters are added to their weights: leave it out"
+            )
+        for pattern in self.targets if isinstance(self.targets, list) else []:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"targets: {pattern!r} is not a regular expression: {error}") from None

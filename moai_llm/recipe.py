@@ -17,7 +17,7 @@ from annotated_types import Ge
 from moai_llm.architecture import Architecture
 from moai_llm.bounds import Count, Positive
 from moai_llm.mixture import SourceConfig, StageConfig, check_stages, of_the_meant_type, place_of, with_sources
-from moai_llm.optimization import ClipConfig, GroupRule, OptimConfig, ScheduleConfig
+from moai_llm.optimization import ClipConfig, GroupRule, LoraConfig, OptimConfig, ScheduleConfig
 from moai_llm.runtime import MoaiError, did_you_mean
 
 if TYPE_CHECKING:
@@ -218,6 +218,7 @@ class Recipe:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
@@ -343,6 +344,18 @@ def _check(recipe: Recipe, source: str) -> None:
         recipe.optim.check()
     except ValueError as error:
         raise MoaiError(f"{source}: optim.{error}") from None
+    try:
+        recipe.lora.check()
+    except ValueError as error:
+        raise MoaiError(f"{source}: lora.{error}") from None
+    if recipe.lora.rank and recipe.train.init_from is None:
+        raise MoaiError(
+            f"{source}: lora.rank={recipe.lora.rank} trains adapters on a model that stays as it is, and fresh weights "
+            "have nothing to keep: set train.init_from=MODEL_DIR"
+        )
+    if recipe.lora.experts and recipe.train.compile:
+        raise MoaiError(f"{source}: lora.experts changes weights inside each forward, which train.compile=true cannot "
+                        "follow: leave one of them out")  # fmt: skip
     if recipe.schedule.name == "plateau" and not recipe.eval.every:
         raise MoaiError(
             f"{source}: schedule.name=plateau follows the evaluations: set eval.every, and data.valid to evaluate on"

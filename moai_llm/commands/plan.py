@@ -127,6 +127,8 @@ def _show(console: Console, name: str, plan: Plan) -> None:
     total, parts = plan.flops["total"], ("token_mixers", "attention", "scan", "channel_mixers", "head")
     shares = [f"{part.replace('_', ' ')} {plan.flops[part] / total:.0%}" for part in parts if plan.flops[part]]
     console.print(f"             {', '.join(shares)}")
+    if plan.recipe.lora.rank:
+        console.print("LoRA         not counted: gradients and states below are those of a run that trains all weights")
     if plan.recomputed:
         console.print(f"             and {_big(plan.recomputed)} to recompute activations")
     console.print()

@@ -5,6 +5,7 @@ moai train moai-3b-tiny data.train=data/chat train.init_from=runs/first train.ep
 moai train moai-3b-tiny 'data.train=[{store: data/wiki, weight: 3}, {store: data/code, weight: 1}]' train.steps=500
 moai train moai-3b-tiny data.train=data/pairs train.init_from=runs/chat loss.type=dpo train.epochs=1 train.out=runs/dpo
 moai train runs/first/recipe.yaml --resume
+moai train moai-mamba-2b --test
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moai_llm import recipe as recipes
+from moai_llm.commands.smoke import smoke
 from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--find-lr", action="store_true", help="test learning rates for a few steps, print what they do, and stop"
     )
+    parser.add_argument(
+        "--test", action="store_true", help="try the whole way of a run in seconds, on made-up text and a tiny model"
+    )
     parser.add_argument("--show", action="store_true", help="print the resolved recipe and stop")
     parser.add_argument(
         "--profile", action="store_true", help="trace a few steps and say which operators take the time"
@@ -55,6 +60,11 @@ def run(arguments: argparse.Namespace) -> None:
         resume, overrides = "always", [resume, *overrides]
     if resume not in (None, "always", "auto"):
         raise MoaiError(f"--resume {resume}: write --resume, or --resume auto")
+    if arguments.test:
+        if others := [flag for flag in ("resume", "fresh", "find_lr", "show", "profile") if getattr(arguments, flag)]:
+            raise MoaiError(f"--test begins and ends by itself: leave out --{others[0].replace('_', '-')}")
+        smoke(arguments.recipe, overrides)
+        return
     recipe = recipes.load(arguments.recipe, overrides)
     if resume == "auto" and not (Path(recipe.train.out) / "recipe.yaml").is_file():
         resume = None
@@ -63,14 +73,10 @@ def run(arguments: argparse.Namespace) -> None:
         return
     _check_profiling(arguments)
     from moai_llm.data.shards import Store
-    from moai_llm.inference.generate import resolve_model
     from moai_llm.training.loop import train
     from moai_llm.training.profile import ProfileOptions
 
-    if recipe.train.init_from and not (resume and not Path(recipe.train.init_from).exists()):
-        recipe.train.init_from = str(resolve_model(recipe.train.init_from))
-    if recipe.loss.teacher:
-        recipe.loss.teacher = str(resolve_model(recipe.loss.teacher))
+    resolve_models(recipe, resume=resume is not None)
     if arguments.find_lr:
         _find_lr(recipe, resume=resume is not None, fresh=arguments.fresh)
         return
@@ -86,6 +92,16 @@ def run(arguments: argparse.Namespace) -> None:
         chats = Store(recipe.data.stores()[-1]).manifest.kind != "text"
         use = f"moai chat {recipe.train.out}" if chats else f"moai generate {recipe.train.out} --prompt TEXT"
         print(f"saved {trained.checkpoint}. Next: {use}")
+
+
+def resolve_models(recipe: Recipe, *, resume: bool) -> None:
+    """In place of a run or a quickstart that the recipe names, the model directory in it."""
+    from moai_llm.inference.generate import resolve_model
+
+    if recipe.train.init_from and not (resume and not Path(recipe.train.init_from).exists()):
+        recipe.train.init_from = str(resolve_model(recipe.train.init_from))
+    if recipe.loss.teacher:
+        recipe.loss.teacher = str(resolve_model(recipe.loss.teacher))
 
 
 def _find_lr(recipe: Recipe, *, resume: bool, fresh: bool) -> None:

@@ -86,7 +86,7 @@ class Mamba(nn.Module):
     ) -> Tensor:
         layer: Any = None if cache is None else cache.layers[self.layer_idx]
         continues = layer is not None and layer.has_previous_state[0]
-        if continues and x_BLD.shape[1] == 1 and not getattr(layer, "record_past", False):
+        if continues and x_BLD.shape[1] == 1 and not getattr(layer, "record_past", False) and self._plain():
             states = layer.conv_states[0], layer.recurrent_states[0]
             return mamba_step(x_BLD[:, 0], *states, self._step_weights())[:, None]
         u, z = self.in_proj_x(x_BLD), self.in_proj_z(x_BLD)
@@ -107,6 +107,13 @@ class Mamba(nn.Module):
         if layer is not None:
             cache.update_recurrent_state(final, self.layer_idx)
         return self.out_proj(y * F.silu(z))
+
+    def _plain(self) -> bool:
+        """Whether the projections are their weights. What wraps one, an adapter for example, computes more than the op
+        for one position, which reads the weights, would see.
+        """
+        projections = (self.in_proj_x, self.in_proj_z, self.x_proj, self.dt_proj, self.out_proj)
+        return all(type(projection) is Linear for projection in projections)
 
     def _step_weights(self) -> StepWeights:
         dt_norm, B_norm, C_norm = (getattr(norm, "weight", None) for norm in (self.dt_norm, self.B_norm, self.C_norm))

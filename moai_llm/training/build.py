@@ -15,6 +15,7 @@ from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer, load_tokenizer
+from moai_llm.training import lora
 from moai_llm.training.distillation import Distillation
 from moai_llm.training.objective import NextToken, Objective
 from moai_llm.training.preference import Preference
@@ -27,7 +28,8 @@ def build_model(
 ) -> MoaiForCausalLM:
     """A fresh model, or the one of `train.init_from`, in fp32 on the device, ready to train.
 
-    A run that goes on from a checkpoint finds its model there, so what `init_from` names may be gone by then.
+    A run that goes on from a checkpoint finds its model there, so what `init_from` names may be gone by then; not so
+    below adapters (lora.py), which are put on the model of `init_from` again.
     The vocabulary of a fresh model is the tokenizer's, rounded up to a multiple of 128: rows that no token uses would
     only cost memory.
 
@@ -35,7 +37,13 @@ def build_model(
         MoaiError: `init_from` is not a model, or not one for this tokenizer.
     """
     if recipe.train.init_from:
-        model = _load(checkpoint or Path(recipe.train.init_from), tokenizer, "train.init_from")
+        base = Path(recipe.train.init_from)
+        if checkpoint is not None and recipe.lora.rank and not (base / "config.json").is_file():
+            raise MoaiError(
+                f"the adapters of this run belong on train.init_from {base}, which is not there: put it back, or begin "
+                f"a new run with train.init_from={checkpoint}, the sum of both"
+            )
+        model = _load(base if recipe.lora.rank else checkpoint or base, tokenizer, "train.init_from")
     else:
         fields = {name: getattr(recipe.model, name) for name in recipe.model.__dataclass_fields__}
         if fields["vocab_size"] != tokenizer.padded_vocab_size:
@@ -51,7 +59,8 @@ def build_model(
 
 
 def prepare_model(model: MoaiForCausalLM, recipe: Recipe, device: torch.device) -> MoaiForCausalLM:
-    """Give a model the recipe's loss, fp32 weights on the device, recomputation and compilation; ready to train.
+    """Give a model the recipe's loss, fp32 weights on the device, adapters, recomputation and compilation; ready to
+    train.
 
     Raises:
         MoaiError: rows that are longer than the model's learned positions.
@@ -61,6 +70,8 @@ def prepare_model(model: MoaiForCausalLM, recipe: Recipe, device: torch.device) 
         model.objective = loss
     _require_positions(model.config, recipe.data.seq_len, "this model")
     model.to(device=device, dtype=torch.float32)  # type: ignore[call-arg]
+    if recipe.lora.rank:
+        lora.add_adapters(model, recipe.lora, recipe.train.init_from)
     if recipe.train.activation_checkpointing:
         # transformers renamed the method; both turn on `GradientCheckpointingLayer`
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)

@@ -3,6 +3,8 @@
     checkpoints/step-00000100/
       config.json, model.safetensors, tokenizer.json, recipe.yaml, ...   a model directory like any other
       training_state/optimizer.safetensors, state.json                    what only a resumed run needs
+      adapter/                                                            with `lora`: what peft reads; the weights
+                                                                          above are then the sum of model and adapters
       MANIFEST.json                                                       sha256 of every file, written last
       MANIFEST.sha256                                                     its own, as sha256sum writes it
 
@@ -32,12 +34,14 @@ from torch import nn
 from moai_llm.data.shards import sha256_of
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
+from moai_llm.training import lora
 from moai_llm.training.optim import place_state
 
 logger = logging.getLogger("moai_llm")
 STATE = "training_state"
 WRITING, REPLACED, GONE = ".tmp-step-", ".old-step-", ".gone-step-"
 Tensors = dict[str, torch.Tensor]
+_Adapter = tuple[Tensors, dict[str, Any]]  # its weights and its config
 
 
 @dataclass
@@ -74,13 +78,19 @@ class Checkpoints:
                 may be the one before that could not be written.
         """
         self.wait()
-        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        adapter: _Adapter | None = None
+        if lora.has_adapters(model):
+            adapter = lora.adapter_tensors(model), lora.adapter_config(model)
+            weights, plain = lora.summed_weights(model), lora.plain_twin(model)
+        else:
+            weights, plain = {name: tensor.detach() for name, tensor in model.state_dict().items()}, model
         states, content = _optimizer_tensors(model, optimizer), {**state, "step": step, "rng": _rng_state()}
         if self.asynchronous:
             weights, states = _copied(weights), _copied(states)
+            adapter = adapter and (_copied(adapter[0]), adapter[1])
 
         def write() -> None:
-            self._write(step, model, weights, tokenizer, recipe_yaml, states, content)
+            self._write(step, plain, weights, tokenizer, recipe_yaml, states, content, adapter)
 
         if not self.asynchronous:
             write()
@@ -117,13 +127,15 @@ class Checkpoints:
 
     def _write(
         self, step: int, model: Any, weights: Tensors, tokenizer: Tokenizer, recipe_yaml: str, states: Tensors,
-        content: dict[str, Any],
+        content: dict[str, Any], adapter: _Adapter | None,
     ) -> None:  # fmt: skip
         final, tmp = self._path(step), self.directory / f"{WRITING}{step:08d}"
         shutil.rmtree(tmp, ignore_errors=True)
         try:
             (tmp / STATE).mkdir(parents=True)
             model.save_pretrained(tmp, state_dict=weights)
+            if adapter is not None:
+                lora.write_adapter(tmp / lora.FOLDER, *adapter)
             tokenizer.save(tmp)
             (tmp / "recipe.yaml").write_text(recipe_yaml, encoding="utf-8")
             save_file(states, tmp / STATE / "optimizer.safetensors")
@@ -230,11 +242,23 @@ def problems(path: Path) -> Iterator[str]:
 
 
 def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Load weights, optimizer and random state of a sound checkpoint; returns what `save` was given as `state`.
+    """Load weights (of a model with adapters: those alone), optimizer and random state of a sound checkpoint; returns
+    what `save` was given as `state`.
 
     Raises:
         MoaiError: the checkpoint is of another model.
     """
+    if lora.has_adapters(model):
+        lora.load_adapter(path / lora.FOLDER, model)
+    else:
+        _load_weights(path, model)
+    _load_optimizer(load_file(path / STATE / "optimizer.safetensors"), model, optimizer)
+    state = json.loads((path / STATE / "state.json").read_text(encoding="utf-8"))
+    _set_rng_state(state.pop("rng"))
+    return state
+
+
+def _load_weights(path: Path, model: nn.Module) -> None:
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(path.glob("*.safetensors")):
         weights.update(load_file(file))
@@ -245,10 +269,6 @@ def restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> d
     tied = set(getattr(model, "_tied_weights_keys", None) or {})
     if unexpected or set(missing) - tied:
         raise MoaiError(f"{path} is a checkpoint of another model: {[*unexpected, *missing][:3]} ...")
-    _load_optimizer(load_file(path / STATE / "optimizer.safetensors"), model, optimizer)
-    state = json.loads((path / STATE / "state.json").read_text(encoding="utf-8"))
-    _set_rng_state(state.pop("rng"))
-    return state
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -89,7 +89,7 @@ def find_lr(recipe: Recipe, progress: Progress = lambda step, lr, loss: None, st
     assert isinstance(loader, Loader)
     store = loader.sources[-1].store
     model = build_model(recipe, tokenizer, device)
-    kind = kind_of_run(store.manifest.kind, recipe.train.init_from)
+    kind = kind_of_run(store.manifest.kind, recipe.train.init_from, lora=recipe.lora.rank > 0)
     low, high = guide(kind, active_parameters(model), recipe.optim.name) or (1e-2, 1.0)  # of plain SGD
     precision = make_precision(recipe.train.precision, device, recipe.train.tf32)
     objective.prepare(model, store, precision, resumed=False, quiet=True)

@@ -84,10 +84,12 @@ def _line(kind: str, end: int, parameters: float) -> float:
     return LINES[kind][end] * float((max(parameters, SMALLEST) / 1.3e9) ** LINES[kind][2])
 
 
-def kind_of_run(stored: str, init_from: str | None) -> str:
+def kind_of_run(stored: str, init_from: str | None, *, lora: bool = False) -> str:
     """From what the store holds and whether there is a model to go on from. Conversations are fine-tuned on even where
     the weights are new.
     """
+    if lora and stored != "preference":
+        return "lora"
     return {"chat": "sft", "preference": "preference"}.get(stored, "continued" if init_from else "pretrain")
 
 

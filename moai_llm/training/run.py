@@ -20,7 +20,7 @@ from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_everything, write_atomically
 from moai_llm.tokenizer import Tokenizer
-from moai_llm.training import rollback
+from moai_llm.training import lora, rollback
 from moai_llm.training.build import active_parameters, build_model, build_objective
 from moai_llm.training.checkpoint import Checkpoints, restore
 from moai_llm.training.clipping import Clip
@@ -50,6 +50,7 @@ class Run:
         eval_losses: of the evaluations so far, for a schedule that follows them.
         latest: the newest checkpoint, which an asynchronous write may still be making.
         waited: seconds spent waiting for data so far.
+        base: the digest of the model below the adapters, where there are any.
 
     Leave it as a context: what reads data and writes checkpoints is then ended.
     """
@@ -75,6 +76,7 @@ class Run:
     eval_losses: list[float] = field(default_factory=list)
     latest: Path | None = None
     waited: float = 0.0
+    base: dict[str, str] = field(default_factory=dict)
     _batches: Ahead | None = field(default=None, repr=False)
 
     @classmethod
@@ -103,12 +105,14 @@ class Run:
         run = cls(
             recipe, out, tokenizer, objective, loader, rows, total_steps(recipe, loader, rows), model,
             make_optimizer(model, recipe.optim), precision, Clip(model, recipe.clip, recipe.train.max_grad_norm),
-            Health(recipe.health), checkpoints,
+            Health(recipe.health), checkpoints, base=lora.base_identity(recipe),
         )  # fmt: skip
-        kind = kind_of_run(loader.sources[-1].store.manifest.kind, recipe.train.init_from)
+        kind = kind_of_run(loader.sources[-1].store.manifest.kind, recipe.train.init_from, lora=recipe.lora.rank > 0)
         if warning := advice(recipe.optim.lr, kind, active_parameters(model), recipe.optim.name):
             logger.warning(warning)
         run.notes += describe(recipe, loader, run.total)
+        if run.base:
+            run.notes.append(lora.describe(model))
         if latest is not None:
             run._restore(latest)
             run.ahead = rollback.steps_ahead(out, run.done)
@@ -210,7 +214,8 @@ class Run:
         state = restore(checkpoint, self.model, self.optimizer)
         if state["position"] != self._position():
             raise MoaiError(
-                f"{checkpoint} was trained on other data or batches: {state['position']} is not {self._position()}"
+                f"{checkpoint} was trained on other data, batches or weights: {state['position']} is not "
+                f"{self._position()}"
             )
         load: Any = state["router_load"]
         self.done, self.targets, self.latest = state["step"], state["targets"], checkpoint
@@ -232,4 +237,5 @@ class Run:
             "rows": self.rows,
             "seed": self.recipe.train.seed,
             **self.objective.identity(),
+            **self.base,
         }

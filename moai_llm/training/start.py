@@ -20,7 +20,7 @@ RESUMABLE = ("description", "log", "eval", "checkpoint", "health")  # sections t
 # what a run leaves
 WRITTEN = (
     "recipe.yaml", "environment.json", "metrics.jsonl", "training_log.csv", "samples.txt", "rollbacks.json", "hang.txt",
-    "checkpoints", "tensorboard", "wandb", "profile.txt", "memory_snapshot.pickle",
+    "checkpoints", "tensorboard", "wandb", "profile.txt", "memory_snapshot.pickle", "finished.json",
 )  # fmt: skip
 LR_TEST = "lr_finder.csv"  # what `moai train ... --find-lr` leaves in the directory of a run that may not have begun
 

@@ -65,3 +65,9 @@ def test_a_run_warns(make_recipe: MakeRecipe, caplog: pytest.LogCaptureFixture) 
     caplog.clear()
     train(make_recipe("train.steps=1", out="usual"), quiet=True)
     assert not caplog.records
+
+
+def test_adapters_have_rates_of_their_own() -> None:
+    assert kind_of_run("chat", "model", lora=True) == kind_of_run("text", "model", lora=True) == "lora"
+    assert kind_of_run("preference", "model", lora=True) == "preference"
+    assert kind_of_run("chat", "model") == "sft"

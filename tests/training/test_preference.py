@@ -278,3 +278,19 @@ def test_the_commands(tmp_path: Path, make: PairRecipe, pairs: Store, capsys: py
     assert f"Next: moai chat {tmp_path / 'dpo'}" in said
     written = json.loads((tmp_path / "dpo" / "checkpoints" / "step-00000002" / "config.json").read_text())
     assert written["model_type"] == "moai"
+
+
+def test_dpo_trains_adapters_beside_its_reference(make: PairRecipe) -> None:
+    pytest.importorskip("peft")
+    keys = ("lora.rank=4", "lora.experts=true", "optim.lr=1e-2")
+    whole = make(*keys, out="whole")
+    last = train(whole, quiet=True)
+    rows = read_metrics(Path(whole.train.out) / "metrics.jsonl")
+    assert rows[0]["reward_margin"] == pytest.approx(0, abs=1e-4) and rows[0]["loss"] == pytest.approx(
+        math.log(2), abs=1e-4
+    )
+    assert max(row["reward_margin"] for row in rows) > 0.01
+    broken = make(*keys, "eval.every=1", out="broken")
+    with pytest.raises(Stop):
+        train(broken, hooks=[stop_at(4)], quiet=True)
+    assert same(last, train(broken, resume=True, quiet=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from moai_llm.config import MoaiConfig
 from moai_llm.data.loader import Batch, Loader
 from moai_llm.data.shards import Store
 from moai_llm.modeling.model import MoaiForCausalLM
+from moai_llm.optimization import LoraConfig
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError
 from moai_llm.training.build import build_model
@@ -43,8 +45,9 @@ def fits(model: Architecture, device: torch.device, name: str) -> Finding:
 
 def of_recipe(recipe: Recipe, name: str, device: torch.device) -> Iterator[Finding]:
     """Builds the model of a recipe, untrained or from train.init_from, and checks it on the recipe's data, or, where it
-    names none, on random tokens.
+    names none, on random tokens. With `lora` it is the model below the adapters, which begin as nothing.
     """
+    recipe = replace(recipe, lora=LoraConfig())
     torch.manual_seed(recipe.train.seed)
     stores = recipe.data.stores()
     if stores:
