@@ -41,6 +41,8 @@ PackingName = Literal["best-fit", "balanced", "next-fit", "concat", "none"]  # d
 OverlongName = Literal["split", "truncate", "drop"]
 MAY_CHANGE = ("workers", "prefetch", "pin_memory")  # keys of `data` that change no batch
 LENGTHS = ("steps", "tokens", "epochs")  # keys of `train`: exactly one says how long
+# keys of `train` -> other ways to write a value
+SPELLINGS: dict[str, dict[str | bool, str]] = {"activation_checkpointing": {True: "full", False: "none"}}
 
 # what other trainers call it -> where it lives here
 ELSEWHERE = {
@@ -154,8 +156,13 @@ class TrainConfig:
     #: TF32 matrix products on CUDA for what stays in fp32
     tf32: bool = True
     compile: bool = False
-    #: recompute layers in the backward instead of keeping their activations
-    activation_checkpointing: bool = False
+    #: layers that are recomputed in the backward instead of keeping their activations: none | selective (every second)
+    #: | full (all)
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+
+    def recomputes(self, layer: int) -> bool:
+        """Whether this layer is recomputed in the backward."""
+        return self.activation_checkpointing == "full" or self.activation_checkpointing == "selective" and not layer % 2
 
 
 @dataclass(kw_only=True)
@@ -267,7 +274,7 @@ def from_tree(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     for cls in (Recipe, *nested, *(t for t in get_type_hints(Recipe).values() if is_dataclass(t))):
         cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[union-attr]
     try:
-        recipe = TypeAdapter(Recipe).validate_python(with_sources(tree))
+        recipe = TypeAdapter(Recipe).validate_python(_as_spelled_here(with_sources(tree)))
     except ValidationError as error:
         lines = "\n".join(f"  {_explain(problem)}" for problem in of_the_meant_type(error.errors()))
         raise MoaiError(f"{source} is not a valid recipe:\n{lines}") from None
@@ -310,6 +317,18 @@ def get_config(name_or_path: str | Path) -> MoaiConfig:
 def get_mamba_config(size: str) -> MoaiConfig:
     """get_mamba_config("2b") is get_config("moai-mamba-2b")."""
     return get_config(f"moai-mamba-{size}")
+
+
+def _as_spelled_here(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with values that may be written in another way, too, written in the one that the recipe keeps."""
+    train = tree.get("train")
+    if not isinstance(train, dict):
+        return tree
+    spelled = {
+        key: SPELLINGS[key].get(value, value) if key in SPELLINGS and isinstance(value, (str, bool)) else value
+        for key, value in train.items()
+    }
+    return {**tree, "train": spelled}
 
 
 def _check(recipe: Recipe, source: str) -> None:

@@ -96,7 +96,8 @@ def stage(recipe: Recipe, layout: Layout, s: Setting, accumulation: int, number:
     return Step(
         layers=layers, setting=s, hidden_size=whole.hidden_size, vocab_size=vocab, tied=tied,
         embeds=embeds_here, head=head_here, weights=4.0 * total / sharded[2], gradients=4.0 * total / sharded[1],
-        optimizer=states / sharded[0], accumulates=accumulation > 1, recomputes=recipe.train.activation_checkpointing,
+        optimizer=states / sharded[0], accumulates=accumulation > 1,
+        recomputes=[recipe.train.recomputes(number * per_stage + i) for i in range(len(layers))],
         batch=BATCH * s.tokens * (accumulation if s.device == "cpu" else 1),
         in_flight=min(layout.pipeline - number, accumulation), gathered=gathered, last=last, norm=norm(whole, s),
     )  # fmt: skip
