@@ -22,8 +22,9 @@ from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_eve
 from moai_llm.training.build import active_parameters, build_model, build_objective
 from moai_llm.training.clipping import Clip
 from moai_llm.training.feed import open_data
-from moai_llm.training.loop import split_rows, train_step
+from moai_llm.training.loop import train_step
 from moai_llm.training.lr_guide import guide, kind_of_run
+from moai_llm.training.micro_batches import split_rows
 from moai_llm.training.objective import NextToken, Objective
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import Precision, make_precision

@@ -27,6 +27,7 @@ from moai_llm.training.clipping import Clip
 from moai_llm.training.feed import describe, open_data
 from moai_llm.training.health import Health
 from moai_llm.training.lr_guide import advice, kind_of_run
+from moai_llm.training.micro_batches import MicroBatchSize
 from moai_llm.training.objective import Objective
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import Precision, make_precision
@@ -66,6 +67,7 @@ class Run:
     precision: Precision
     clip: Clip
     health: Health
+    micro_batch: MicroBatchSize
     checkpoints: Checkpoints
     notes: list[str] = field(default_factory=list)
     done: int = 0
@@ -103,7 +105,8 @@ class Run:
         run = cls(
             recipe, out, tokenizer, objective, loader, rows, total_steps(recipe, loader, rows), model,
             make_optimizer(model, recipe.optim), precision, Clip(model, recipe.clip, recipe.train.max_grad_norm),
-            Health(recipe.health), checkpoints,
+            Health(recipe.health), MicroBatchSize(recipe.train.micro_batch_size, rows),
+            checkpoints,
         )  # fmt: skip
         kind = kind_of_run(loader.sources[-1].store.manifest.kind, recipe.train.init_from)
         if warning := advice(recipe.optim.lr, kind, active_parameters(model), recipe.optim.name):
@@ -174,6 +177,7 @@ class Run:
             "health": self.health.state_dict(),
             "norms": list(self.clip.norms),
             "eval_losses": list(self.eval_losses),
+            "micro_batch": self.micro_batch.state_dict(),
         }
         yaml = recipes.dump(self.recipe)
         self.latest = self.checkpoints.save(self.done, self.model, self.tokenizer, yaml, self.optimizer, state)
@@ -219,6 +223,7 @@ class Run:
         self.health.load_state_dict(state["health"])
         self.clip.remember(state["norms"])
         self.eval_losses[:] = state["eval_losses"]
+        self.micro_batch.load_state_dict(state["micro_batch"])
         if self.total < self.done:
             raise MoaiError(
                 f"{checkpoint} has done {self.done} steps, so this run cannot end after {self.total}: make it longer"

@@ -8,7 +8,7 @@ import torch
 from moai_llm import recipe as recipes
 from moai_llm.runtime import MoaiError
 from moai_llm.training.build import prepare_model
-from moai_llm.training.loop import noise_key
+from moai_llm.training.loop import noise_keys
 from moai_llm.training.measure import RealStep, random_batch
 from tests.conftest import PAIRS, tiny_model
 
@@ -30,7 +30,7 @@ def test_the_gradients_are_the_same(mixer: str, mlp: str) -> None:
             way != "none", way == "full"
         ]  # fmt: skip
         batch = random_batch(3, 17, 61, documents=2)
-        model(**batch, use_cache=False, noise_key=noise_key(0, 0, key, CPU)).loss.backward()
+        model(**batch, use_cache=False, noise_key=noise_keys(0, key, range(3), CPU)).loss.backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     assert torch.equal(found[0], found[3]) == (mlp != "sparse")
