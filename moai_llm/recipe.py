@@ -53,6 +53,7 @@ ELSEWHERE = {
     "output_dir": "train.out",
     "per_device_train_batch_size": "train.micro_batch_size",
     "batch_size": "train.micro_batch_size",
+    "auto_find_batch_size": "train.micro_batch_size=auto",
     "gradient_accumulation_steps": "train.batch_tokens, tokens per step, from which accumulation follows",
     "gradient_checkpointing": "train.activation_checkpointing",
     "warmup_steps": "schedule.warmup",
@@ -144,8 +145,10 @@ class TrainConfig:
     epochs: Positive | None = None
     #: tokens per optimizer step; gradient accumulation follows from it
     batch_tokens: Count = 65536
-    #: rows per forward pass
-    micro_batch_size: Count = 8
+    #: rows per forward pass; auto: the largest power of two that fits into 0.85 of the memory
+    micro_batch_size: Count | Literal["auto"] = 8
+    #: look at the memory after each step: above 0.85 halve the micro-batch, below 0.65 double it
+    dynamic_micro_batch: bool = False
     #: the largest norm of the gradient, under every `clip`
     max_grad_norm: Positive = 1.0
     seed: int = 0
@@ -358,6 +361,11 @@ def _check(recipe: Recipe, source: str) -> None:
     check_stages(recipe.data.run(), f"{source}: data.stages" if recipe.data.stages else f"{source}: data")
     if rows[0] < rows[1]:
         raise MoaiError(f"{source}: train.batch_tokens {rows[0]} is less than one row, data.seq_len {rows[1]}")
+    if recipe.train.dynamic_micro_batch and recipe.train.compile:
+        raise MoaiError(
+            f"{source}: train.dynamic_micro_batch changes the sizes that train.compile compiles for, again and again: "
+            "leave one of them out, or set train.micro_batch_size=auto, which is chosen once"
+        )
     try:
         recipe.optim.check()
     except ValueError as error:

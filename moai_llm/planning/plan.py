@@ -171,7 +171,8 @@ def _fit(recipe: Recipe, hardware: Hardware | None, layout: Layout, options: Opt
     if options.micro_batch is not None:
         sizes = [min(options.micro_batch, rows)]
     elif hardware is None:
-        sizes = [min(recipe.train.micro_batch_size, rows)]
+        given = recipe.train.micro_batch_size
+        sizes = [1 if given == "auto" else min(given, rows)]
     limit = hardware.device.memory * GIB * (1 - options.reserve) if hardware else float("inf")
     for size in sizes:
         accumulation = -(-rows // size)

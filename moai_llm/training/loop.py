@@ -27,7 +27,9 @@ from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError
 from moai_llm.training.clipping import Clip
+from moai_llm.training.fitting import forget_peak, optimizer_bytes, share_taken, tried_rows
 from moai_llm.training.health import Health, Verdict
+from moai_llm.training.micro_batches import split_rows
 from moai_llm.training.monitor import Monitor
 from moai_llm.training.objective import Counts, NextToken, Objective, add_up, to_floats
 from moai_llm.training.precision import Precision
@@ -98,11 +100,14 @@ def train(
         for line in run.notes:
             monitor.note(line)
         with watchdog.paused():
+            _choose_micro_batch(run, monitor)
             _catch_up(hooks, run)
         clock, since, waited = time.perf_counter(), 0, 0.0
         while run.done < run.total:
             lr = learning_rate(run.done, run.total, recipe.optim.lr, recipe.schedule, run.eval_losses)
             batch = run.batch()
+            if recipe.train.dynamic_micro_batch:
+                forget_peak(run.precision.device)
             result = train_step(
                 run.model, run.optimizer, run.precision, run.micro_batch.split(batch),
                 run.objective, lr=lr, clip=run.clip, router_load=run.router_load,
@@ -110,6 +115,8 @@ def train(
                 smaller=partial(run.micro_batch.split_smaller, batch),
             )  # fmt: skip
             watchdog.beat()
+            if recipe.train.dynamic_micro_batch:
+                run.micro_batch.follow(share_taken(run.precision.device))
             for line in run.micro_batch.take_notes():
                 monitor.note(f"step {run.done + 1}: {line}")
             if result.verdict.reason:
@@ -240,6 +247,29 @@ def _accumulate(
         add_up(sums, part.numbers)
         row += len(key)
     return sums
+
+
+def _choose_micro_batch(run: Run, monitor: Monitor) -> None:
+    """`train.micro_batch_size=auto`; on a CUDA device by trying, else it stays what the plan says."""
+    if run.recipe.train.micro_batch_size != "auto" or run.done:
+        return
+    device, size = run.precision.device, run.micro_batch
+    if device.type == "cuda":
+        states = optimizer_bytes(run.recipe, run.model.config)
+        size.rows = tried_rows(partial(_try_rows, run), device, states, size.most)
+    monitor.note(f"train.micro_batch_size=auto: {size.rows} rows, {-(-size.most // size.rows)} micro-batches a step")
+
+
+def _try_rows(run: Run, rows: int) -> None:
+    """Forward and backward of two micro-batches, so that gradients are there while activations are; nothing is left."""
+    batches = split_rows(run.loader.step(run.ahead), rows)[:2]
+    load = torch.full_like(run.model.model.expert_counts, 1 / run.model.config.num_experts)
+    try:
+        counts = run.objective.count(batches)
+        _accumulate(run.model, run.precision, batches, run.objective, counts, load, (run.recipe.train.seed, 0))
+    finally:
+        run.optimizer.zero_grad(set_to_none=True)
+        run.model.model.take_expert_counts()
 
 
 def noise_keys(seed: int, step: int, rows: Iterable[int], device: torch.device) -> Tensor:

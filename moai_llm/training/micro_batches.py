@@ -58,6 +58,14 @@ class MicroBatchSize:
         self._shrink("out of memory")
         return self.split(batch)
 
+    def follow(self, taken: float) -> None:
+        """Take half or twice the rows after a step that took this share of the memory."""
+        larger = min(2 * self.rows, self.most)
+        if taken > HIGH and self.rows > 1:
+            self._shrink(f"{taken:.0%} of the memory was taken")
+        elif taken < LOW and larger > self.rows and (self.too_many is None or larger < self.too_many):
+            self._set(larger, f"{taken:.0%} of the memory was taken")
+
     def take_notes(self) -> list[str]:
         notes, self.notes = self.notes, []
         return notes

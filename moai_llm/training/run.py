@@ -25,6 +25,7 @@ from moai_llm.training.build import active_parameters, build_model, build_object
 from moai_llm.training.checkpoint import Checkpoints, restore
 from moai_llm.training.clipping import Clip
 from moai_llm.training.feed import describe, open_data
+from moai_llm.training.fitting import rows_of
 from moai_llm.training.health import Health
 from moai_llm.training.lr_guide import advice, kind_of_run
 from moai_llm.training.micro_batches import MicroBatchSize
@@ -102,11 +103,11 @@ class Run:
         model = build_model(recipe, tokenizer, device, latest)
         if recipe.train.init_from:
             recipe = with_model_of(recipe, model.config)
+        micro_batch = MicroBatchSize(rows_of(with_model_of(recipe, model.config)), rows)
         run = cls(
             recipe, out, tokenizer, objective, loader, rows, total_steps(recipe, loader, rows), model,
             make_optimizer(model, recipe.optim), precision, Clip(model, recipe.clip, recipe.train.max_grad_norm),
-            Health(recipe.health), MicroBatchSize(recipe.train.micro_batch_size, rows),
-            checkpoints,
+            Health(recipe.health), micro_batch, checkpoints,
         )  # fmt: skip
         kind = kind_of_run(loader.sources[-1].store.manifest.kind, recipe.train.init_from)
         if warning := advice(recipe.optim.lr, kind, active_parameters(model), recipe.optim.name):
