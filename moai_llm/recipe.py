@@ -42,7 +42,10 @@ OverlongName = Literal["split", "truncate", "drop"]
 MAY_CHANGE = ("workers", "prefetch", "pin_memory")  # keys of `data` that change no batch
 LENGTHS = ("steps", "tokens", "epochs")  # keys of `train`: exactly one says how long
 # keys of `train` -> other ways to write a value
-SPELLINGS: dict[str, dict[str | bool, str]] = {"activation_checkpointing": {True: "full", False: "none"}}
+SPELLINGS: dict[str, dict[str | bool, str]] = {
+    "activation_checkpointing": {True: "full", False: "none"},
+    "precision": {"amp_bf16": "bf16", "amp_fp16": "fp16", "tf32": "fp32"},
+}
 
 # what other trainers call it -> where it lives here
 ELSEWHERE = {
@@ -53,6 +56,7 @@ ELSEWHERE = {
     "output_dir": "train.out",
     "per_device_train_batch_size": "train.micro_batch_size",
     "batch_size": "train.micro_batch_size",
+    "offload_optimizer": "train.offload=optimizer",
     "auto_find_batch_size": "train.micro_batch_size=auto",
     "gradient_accumulation_steps": "train.batch_tokens, tokens per step, from which accumulation follows",
     "gradient_checkpointing": "train.activation_checkpointing",
@@ -162,6 +166,17 @@ class TrainConfig:
     #: layers that are recomputed in the backward instead of keeping their activations: none | selective (every second)
     #: | full (all)
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
+
+    #: keep in the host's memory instead of a CUDA device's: none | activations | optimizer (the states of AdamW) | all
+    offload: Literal["none", "activations", "optimizer", "all"] = "none"
+
+    @property
+    def host_activations(self) -> bool:
+        return self.offload in ("activations", "all")
+
+    @property
+    def host_optimizer(self) -> bool:
+        return self.offload in ("optimizer", "all")
 
     def recomputes(self, layer: int) -> bool:
         """Whether this layer is recomputed in the backward."""
@@ -327,6 +342,8 @@ def _as_spelled_here(tree: dict[str, Any]) -> dict[str, Any]:
     train = tree.get("train")
     if not isinstance(train, dict):
         return tree
+    if train.get("precision") == "tf32" and train.get("tf32") is False:
+        raise MoaiError("train.precision=tf32 and train.tf32=false contradict each other: leave one of them out")
     spelled = {
         key: SPELLINGS[key].get(value, value) if key in SPELLINGS and isinstance(value, (str, bool)) else value
         for key, value in train.items()
@@ -361,6 +378,11 @@ def _check(recipe: Recipe, source: str) -> None:
     check_stages(recipe.data.run(), f"{source}: data.stages" if recipe.data.stages else f"{source}: data")
     if rows[0] < rows[1]:
         raise MoaiError(f"{source}: train.batch_tokens {rows[0]} is less than one row, data.seq_len {rows[1]}")
+    if recipe.train.host_optimizer and recipe.optim.name != "adamw":
+        raise MoaiError(
+            f"{source}: train.offload={recipe.train.offload} keeps the states of adamw in the host's memory, not of "
+            f"{recipe.optim.name}: set optim.name=adamw, or train.offload=activations"
+        )
     if recipe.train.dynamic_micro_batch and recipe.train.compile:
         raise MoaiError(
             f"{source}: train.dynamic_micro_batch changes the sizes that train.compile compiles for, again and again: "

@@ -85,6 +85,8 @@ def stage(recipe: Recipe, layout: Layout, s: Setting, accumulation: int, number:
     matrices = sum(brick.parameters for layer in layers for brick in layer)
     total = matrices + embeds_here + head_here
     of_matrices, of_others = OPTIMIZER_BYTES[recipe.optim.name]
+    if s.device == "cuda" and recipe.train.host_optimizer:
+        of_matrices = of_others = 0.0
     states = of_matrices * matrices + of_others * (embeds_here + head_here)
     sharded = [layout.data if layout.zero >= level else 1 for level in (1, 2, 3)]
     gathered = 0.0

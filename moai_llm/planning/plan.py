@@ -285,5 +285,7 @@ def _notes(recipe: Recipe, hardware: Hardware | None) -> Iterator[str]:
         yield "fp32 runs below the half-precision peak that the days are reckoned with: calibrate, or lower --mfu."
     if recipe.train.compile:
         yield "Memory is that of a run without train.compile, which changes what is kept."
+    if recipe.train.host_activations:
+        yield "Memory is that of a run whose activations stay on the device: what train.offload moves is not modelled."
     if hardware is None or hardware.device.kind == "cuda":
         yield "Memory formulas are measured on CPUs only; the CUDA paths are counted from the code."

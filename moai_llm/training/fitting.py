@@ -70,6 +70,8 @@ def tried_rows(accumulate: Callable[[int], object], device: torch.device, states
 
 def optimizer_bytes(recipe: Recipe, config: Architecture) -> float:
     """What the states of the optimizer take; they are made in the first step."""
+    if recipe.train.host_optimizer:
+        return 0.0
     of_matrices, of_others = OPTIMIZER_BYTES[recipe.optim.name]
     return max(of_matrices, of_others) * config.parameters()["total"]
 

@@ -241,7 +241,7 @@ def _accumulate(
     for batch in batches:
         on_device = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
         key = noise_keys(*noise_seed, range(row, row + batch["input_ids"].shape[0]), device)
-        with precision.autocast():
+        with precision.autocast(), precision.saving():
             part = objective.forward(model, on_device, counts, router_load=router_load, noise_key=key)
         precision.scaler.scale(part.loss).backward()
         add_up(sums, part.numbers)

@@ -115,7 +115,7 @@ def sweep(
     losses: list[float] = []
     with torch.random.fork_rng(devices=[precision.device] if precision.device.type == "cuda" else []):
         trial, load = (copy.deepcopy(model) if keep else model).train(), None
-        optimizer = make_optimizer(trial, recipe.optim)
+        optimizer = make_optimizer(trial, recipe.optim, on_host=recipe.train.host_optimizer)
         clip, rows = Clip(trial, recipe.clip, recipe.train.max_grad_norm), rows_of(recipe)
         for step in range(steps):
             lr = low * (high / low) ** (step / max(1, steps - 1))

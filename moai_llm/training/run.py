@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,6 +30,7 @@ from moai_llm.training.health import Health
 from moai_llm.training.lr_guide import advice, kind_of_run
 from moai_llm.training.micro_batches import MicroBatchSize
 from moai_llm.training.objective import Objective
+from moai_llm.training.offload import HostActivations, require_host
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import Precision, make_precision
 from moai_llm.training.profile import ProfileOptions
@@ -92,6 +93,7 @@ class Run:
         )
         latest, begun = find_start(recipe, checkpoints, resume=resume, fresh=fresh)
         device = pick_device(recipe.train.device)
+        require_host(recipe, device)
         precision = make_precision(recipe.train.precision, device, recipe.train.tf32)
         if device.type == "cpu":
             keep_freed_memory()
@@ -103,11 +105,13 @@ class Run:
         model = build_model(recipe, tokenizer, device, latest)
         if recipe.train.init_from:
             recipe = with_model_of(recipe, model.config)
+        if recipe.train.host_activations:
+            precision = replace(precision, saving=HostActivations(model).hooks)
         micro_batch = MicroBatchSize(rows_of(with_model_of(recipe, model.config)), rows)
         run = cls(
             recipe, out, tokenizer, objective, loader, rows, total_steps(recipe, loader, rows), model,
-            make_optimizer(model, recipe.optim), precision, Clip(model, recipe.clip, recipe.train.max_grad_norm),
-            Health(recipe.health), micro_batch, checkpoints,
+            make_optimizer(model, recipe.optim, on_host=recipe.train.host_optimizer), precision,
+            Clip(model, recipe.clip, recipe.train.max_grad_norm), Health(recipe.health), micro_batch, checkpoints,
         )  # fmt: skip
         kind = kind_of_run(loader.sources[-1].store.manifest.kind, recipe.train.init_from)
         if warning := advice(recipe.optim.lr, kind, active_parameters(model), recipe.optim.name):

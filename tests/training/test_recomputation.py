@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moai_llm import recipe as recipes
+from moai_llm.ops import native
 from moai_llm.runtime import MoaiError
 from moai_llm.training.build import prepare_model
 from moai_llm.training.loop import noise_keys
@@ -54,3 +55,20 @@ def test_how_it_may_be_written() -> None:
         assert recipes.from_tree(recipes.to_tree(recipe)) == recipe
     with pytest.raises(MoaiError, match=r"train\.activation_checkpointing: input should be 'none', 'selective' or"):
         recipes.load("moai-3b-tiny", ["train.activation_checkpointing=some"])
+
+
+def test_a_kernel_checks_itself_outside_of_what_is_recomputed() -> None:
+    """Else the first use of the scan in a recomputed layer would begin the layer again from inside itself."""
+
+    def refuse(tensor: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("kept for a recomputed layer")
+
+    def check(random: native.Random) -> None:
+        with torch.enable_grad():
+            x = random(3).requires_grad_()
+            torch.autograd.grad(x.square().sum(), x)
+
+    with torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
+        native.self_check(check)
+        with pytest.raises(AssertionError):  # control
+            check(lambda *shape: torch.ones(shape))
