@@ -198,8 +198,7 @@ def _advice(recipe: Recipe, hardware: Hardware, options: Options) -> Iterator[Ad
     changed, limit = recipe, hardware.device.memory * GIB * (1 - options.reserve)
     for name, change in _changes(recipe):
         key = name.partition("=")[0]
-        states = min(_states(fit.memory) for fit in _fits(changed, hardware, options))
-        if key == "data.seq_len" and states > limit:
+        if key == "data.seq_len" and min(_states(fit.memory) for fit in _fits(changed, hardware, options)) > limit:
             break  # no row is short enough
         changed = change(changed)
         overrides = [*(item for item in overrides if not item.startswith(f"{key}=")), name]

@@ -80,7 +80,7 @@ def room(device: torch.device) -> float:
     """Bytes this process could have: what it holds and what is free."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
-    return float(memory_bytes("MemAvailable") + resident_bytes())
+    return max(1.0, memory_bytes("MemAvailable") + resident_bytes())
 
 
 def forget_peak(device: torch.device) -> None:
@@ -94,7 +94,7 @@ def share_taken(device: torch.device) -> float:
     allocator keeps what a step freed.
     """
     taken = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes()
-    return taken / max(1.0, room(device))
+    return taken / room(device)
 
 
 def this_machine(device: torch.device) -> Hardware:

@@ -257,6 +257,7 @@ def _choose_micro_batch(run: Run, monitor: Monitor) -> None:
     if device.type == "cuda":
         states = optimizer_bytes(run.recipe, run.model.config)
         size.rows = tried_rows(partial(_try_rows, run), device, states, size.most)
+        torch.cuda.empty_cache()
     monitor.note(f"train.micro_batch_size=auto: {size.rows} rows, {-(-size.most // size.rows)} micro-batches a step")
 
 

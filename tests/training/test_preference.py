@@ -25,8 +25,8 @@ from moai_llm.recipe import OptimConfig, Recipe
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.training import reference
+from moai_llm.training.events import read_metrics
 from moai_llm.training.loop import train_step
-from moai_llm.training.monitor import read_metrics
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import make_precision
 from moai_llm.training.preference import Preference
