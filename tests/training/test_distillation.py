@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from moai_llm.losses import create_loss_function
 from moai_llm.recipe import OptimConfig
 from moai_llm.runtime import MoaiError
+from moai_llm.training.clipping import Clip
 from moai_llm.training.distillation import Distillation
+from moai_llm.training.events import read_metrics
 from moai_llm.training.loop import train_step
-from moai_llm.training.monitor import read_metrics
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import make_precision
 from tests.conftest import tiny_model
@@ -73,7 +74,7 @@ def test_accumulated_equals_the_big_batch(mlp: str) -> None:
         for _ in range(2):
             result = train_step(
                 model.train(), optimizer, make_precision("fp32", CPU), split(packed(), size), made, lr=1e-2,
-                max_grad_norm=1.0, router_load=load,
+                clip=Clip(model, max_norm=1.0), router_load=load,
             )  # fmt: skip
             load = result.expert_load
         assert {"loss", "kl", "reverse_kl", "objective"} <= set(result.numbers)

@@ -25,6 +25,7 @@ from moai_llm.recipe import OptimConfig, Recipe
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.training import reference
+from moai_llm.training.clipping import Clip
 from moai_llm.training.events import read_metrics
 from moai_llm.training.loop import train_step
 from moai_llm.training.optim import make_optimizer
@@ -100,7 +101,7 @@ def test_accumulated_equals_the_big_batch(pairs: Store, mixer: str, mlp: str, ki
         precision, load = make_precision("fp32", CPU), None
         for _ in range(2):
             result = train_step(
-                model.train(), optimizer, precision, split(whole, size), made, lr=1e-2, max_grad_norm=1.0,
+                model.train(), optimizer, precision, split(whole, size), made, lr=1e-2, clip=Clip(model, max_norm=1.0),
                 router_load=load,
             )  # fmt: skip
             load = result.expert_load
