@@ -69,8 +69,14 @@ def with_sources(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def of_the_meant_type(problems: Sequence[Any]) -> list[Any]:
     """pydantic's complaints, without those about the type of a union that was not meant: of a list that it is no text,
-    where something in the list is wrong.
+    where something in the list is wrong; of a number that it is not the word that may stand there instead.
     """
+    words = {tuple(p["loc"][:-1]): str(p["loc"][-1])[8:-1] for p in problems if _is_word(p["loc"][-1])}
+    problems = [
+        {**p, "msg": f"{p['msg']}, or {words[p['loc'][:-1]]}"} if p["loc"][:-1] in words else p
+        for p in problems
+        if not _is_word(p["loc"][-1])
+    ]
     inside = {tuple(problem["loc"][:-1]) for problem in problems if _is_list(problem["loc"][-1])}
     return [
         {**problem, "msg": "input should be a store, or a list of {store, weight}"}
@@ -83,7 +89,12 @@ def of_the_meant_type(problems: Sequence[Any]) -> list[Any]:
 
 def place_of(problem: Mapping[str, Any]) -> list[str]:
     """The keys that lead to a problem, without the names of the types that were tried."""
-    return [str(part) for part in problem["loc"] if part != "str" and not _is_list(part)]
+    types = ("str", "constrained-int")
+    return [str(part) for part in problem["loc"] if part not in types and not _is_list(part) and not _is_word(part)]
+
+
+def _is_word(part: object) -> bool:
+    return str(part).startswith("literal[")
 
 
 def _is_list(part: object) -> bool:

@@ -19,6 +19,7 @@ from moai_llm.bounds import Count, Positive
 from moai_llm.mixture import SourceConfig, StageConfig, check_stages, of_the_meant_type, place_of, with_sources
 from moai_llm.optimization import ClipConfig, GroupRule, LoraConfig, OptimConfig, ScheduleConfig
 from moai_llm.runtime import MoaiError, did_you_mean
+from moai_llm.synonyms import ELSEWHERE
 
 if TYPE_CHECKING:
     from moai_llm.config import MoaiConfig
@@ -41,51 +42,10 @@ PackingName = Literal["best-fit", "balanced", "next-fit", "concat", "none"]  # d
 OverlongName = Literal["split", "truncate", "drop"]
 MAY_CHANGE = ("workers", "prefetch", "pin_memory")  # keys of `data` that change no batch
 LENGTHS = ("steps", "tokens", "epochs")  # keys of `train`: exactly one says how long
-
-# what other trainers call it -> where it lives here
-ELSEWHERE = {
-    "learning_rate": "optim.lr",
-    "max_steps": "train.steps",
-    "num_epochs": "train.epochs",
-    "num_train_epochs": "train.epochs",
-    "output_dir": "train.out",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.batch_tokens, tokens per step, from which accumulation follows",
-    "gradient_checkpointing": "train.activation_checkpointing",
-    "warmup_steps": "schedule.warmup",
-    "warmup_ratio": "schedule.warmup, which below 1 is a share of all steps",
-    "lr_scheduler_type": "schedule.name",
-    "lr_scheduler": "schedule.name",
-    "optim": "optim.name",
-    "optimizer": "optim.name",
-    "optim_type": "optim.name",
-    "adam_beta1": "optim.betas, both in one list",
-    "adam_beta2": "optim.betas, both in one list",
-    "adam_epsilon": "optim.eps",
-    "gradient_clipping": "train.max_grad_norm",
-    "grad_clip": "train.max_grad_norm",
-    "clip_grad": "train.max_grad_norm",
-    "bf16": "train.precision=bf16",
-    "fp16": "train.precision=fp16",
-    "max_length": "data.seq_len",
-    "max_seq_length": "data.seq_len",
-    "save_steps": "checkpoint.every",
-    "save_total_limit": "checkpoint.keep_last",
-    "eval_steps": "eval.every",
-    "logging_steps": "log.every",
-    "num_workers": "data.workers",
-    "dataloader_num_workers": "data.workers",
-    "prefetch_factor": "data.prefetch, steps that are read ahead",
-    "dataloader_prefetch_factor": "data.prefetch, steps that are read ahead",
-    "dataloader_pin_memory": "data.pin_memory",
-    "persistent_workers": "always so, the threads of data.workers live as long as the run",
-    "dataloader_persistent_workers": "always so, the threads of data.workers live as long as the run",
-    "max_cached_batches": "data.prefetch, steps that are read ahead",
-    "datasets": "data.train, a list of {store, weight}",
-    "paths": "data.train, a list of {store, weight}",
-    "weights": "data.train, a list of {store, weight}",
-    "report_to": "log.to",
+# keys of `train` -> other ways to write a value
+SPELLINGS: dict[str, dict[str | bool, str]] = {
+    "activation_checkpointing": {True: "full", False: "none"},
+    "precision": {"amp_bf16": "bf16", "amp_fp16": "fp16", "tf32": "fp32"},
 }
 
 
@@ -142,8 +102,10 @@ class TrainConfig:
     epochs: Positive | None = None
     #: tokens per optimizer step; gradient accumulation follows from it
     batch_tokens: Count = 65536
-    #: rows per forward pass
-    micro_batch_size: Count = 8
+    #: rows per forward pass; auto: the largest power of two that fits into 0.85 of the memory
+    micro_batch_size: Count | Literal["auto"] = 8
+    #: look at the memory after each step: above 0.85 halve the micro-batch, below 0.65 double it
+    dynamic_micro_batch: bool = False
     #: the largest norm of the gradient, under every `clip`
     max_grad_norm: Positive = 1.0
     seed: int = 0
@@ -154,8 +116,24 @@ class TrainConfig:
     #: TF32 matrix products on CUDA for what stays in fp32
     tf32: bool = True
     compile: bool = False
-    #: recompute layers in the backward instead of keeping their activations
-    activation_checkpointing: bool = False
+    #: layers that are recomputed in the backward instead of keeping their activations: none | selective (every second)
+    #: | full (all)
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+
+    #: keep in the host's memory instead of a CUDA device's: none | activations | optimizer (the states of AdamW) | all
+    offload: Literal["none", "activations", "optimizer", "all"] = "none"
+
+    @property
+    def host_activations(self) -> bool:
+        return self.offload in ("activations", "all")
+
+    @property
+    def host_optimizer(self) -> bool:
+        return self.offload in ("optimizer", "all")
+
+    def recomputes(self, layer: int) -> bool:
+        """Whether this layer is recomputed in the backward."""
+        return self.activation_checkpointing == "full" or self.activation_checkpointing == "selective" and not layer % 2
 
 
 @dataclass(kw_only=True)
@@ -268,7 +246,7 @@ def from_tree(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
     for cls in (Recipe, *nested, *(t for t in get_type_hints(Recipe).values() if is_dataclass(t))):
         cls.__pydantic_config__ = {"extra": "forbid"}  # type: ignore[union-attr]
     try:
-        recipe = TypeAdapter(Recipe).validate_python(with_sources(tree))
+        recipe = TypeAdapter(Recipe).validate_python(_as_spelled_here(with_sources(tree)))
     except ValidationError as error:
         lines = "\n".join(f"  {_explain(problem)}" for problem in of_the_meant_type(error.errors()))
         raise MoaiError(f"{source} is not a valid recipe:\n{lines}") from None
@@ -313,6 +291,20 @@ def get_mamba_config(size: str) -> MoaiConfig:
     return get_config(f"moai-mamba-{size}")
 
 
+def _as_spelled_here(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with values that may be written in another way, too, written in the one that the recipe keeps."""
+    train = tree.get("train")
+    if not isinstance(train, dict):
+        return tree
+    if train.get("precision") == "tf32" and train.get("tf32") is False:
+        raise MoaiError("train.precision=tf32 and train.tf32=false contradict each other: leave one of them out")
+    spelled = {
+        key: SPELLINGS[key].get(value, value) if key in SPELLINGS and isinstance(value, (str, bool)) else value
+        for key, value in train.items()
+    }
+    return {**tree, "train": spelled}
+
+
 def _check(recipe: Recipe, source: str) -> None:
     """What a type cannot say."""
     loss, rows = recipe.loss, (recipe.train.batch_tokens, recipe.data.seq_len)
@@ -340,6 +332,16 @@ def _check(recipe: Recipe, source: str) -> None:
     check_stages(recipe.data.run(), f"{source}: data.stages" if recipe.data.stages else f"{source}: data")
     if rows[0] < rows[1]:
         raise MoaiError(f"{source}: train.batch_tokens {rows[0]} is less than one row, data.seq_len {rows[1]}")
+    if recipe.train.host_optimizer and recipe.optim.name != "adamw":
+        raise MoaiError(
+            f"{source}: train.offload={recipe.train.offload} keeps the states of adamw in the host's memory, not of "
+            f"{recipe.optim.name}: set optim.name=adamw, or train.offload=activations"
+        )
+    if recipe.train.dynamic_micro_batch and recipe.train.compile:
+        raise MoaiError(
+            f"{source}: train.dynamic_micro_batch changes the sizes that train.compile compiles for, again and again: "
+            "leave one of them out, or set train.micro_batch_size=auto, which is chosen once"
+        )
     try:
         recipe.optim.check()
     except ValueError as error:

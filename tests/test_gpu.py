@@ -81,7 +81,16 @@ def test_the_scan_is_the_reference(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("changes", [[], ["train.activation_checkpointing=true"], ["train.compile=true"]])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        [],
+        ["train.activation_checkpointing=selective"],
+        ["train.compile=true"],
+        ["train.offload=all"],
+        ["train.micro_batch_size=auto", "train.dynamic_micro_batch=true"],
+    ],
+)
 def test_a_run_learns_resumes_and_answers(
     precision: str, changes: list[str], tmp_path: Path, tokenizer: Tokenizer, text_file: Path
 ) -> None:

@@ -14,7 +14,7 @@ import moai_llm
 
 PACKAGE = Path(moai_llm.__file__).parent
 FLOORS = [
-    ["runtime", "bounds"],
+    ["runtime", "bounds", "synonyms"],
     ["ops", "architecture", "mixture", "optimization", "pages"],
     ["config", "losses"],
     ["recipe", "tokenizer", "modeling"],

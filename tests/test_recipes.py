@@ -302,3 +302,11 @@ def test_architecture_is_plain_data() -> None:
     changed = replace(model, layer_types=["mamba"], num_hidden_layers=3, ssm_norm=None)
     changed.resolve()
     assert changed.layer_types == ["linear_attention"] * 3 and changed.ssm_norm
+
+
+def test_other_names_of_precisions() -> None:
+    for written, meant in (("amp_bf16", "bf16"), ("amp_fp16", "fp16"), ("tf32", "fp32"), ("bf16", "bf16")):
+        recipe = recipes.load("moai-3b-tiny", [f"train.precision={written}"])
+        assert recipe.train.precision == meant and recipe.train.tf32
+    with pytest.raises(MoaiError, match="contradict each other"):
+        recipes.load("moai-3b-tiny", ["train.precision=tf32", "train.tf32=false"])

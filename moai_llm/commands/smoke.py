@@ -62,13 +62,13 @@ def _small(name: str, overrides: Sequence[str]) -> tuple[str, Recipe]:
 def _shortened(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe over the generated text, for a few steps; all it says of how to train stays."""
     row = min(recipe.data.seq_len, ROW, recipe.model.max_position_embeddings)
-    schedule, warmup = recipe.schedule, recipe.schedule.warmup
+    schedule, warmup, size = recipe.schedule, recipe.schedule.warmup, recipe.train.micro_batch_size
     return replace(
         recipe,
         data=replace(recipe.data, train=str(folder / "train"), valid=str(folder / "valid"), stages=[], seq_len=row),
         train=replace(
             recipe.train, out=str(folder / "whole"), init_from=None, steps=STEPS, tokens=None, epochs=None,
-            batch_tokens=ROWS * row, micro_batch_size=min(recipe.train.micro_batch_size, ROWS // 2),
+            batch_tokens=ROWS * row, micro_batch_size=size if size == "auto" else min(size, ROWS // 2),
         ),
         schedule=replace(schedule, warmup=warmup if warmup < 1 else 0.1),
         checkpoint=replace(recipe.checkpoint, every=STEPS // 2),

@@ -153,6 +153,7 @@ def _evaluation(recipe: Recipe) -> Hook:
     from moai_llm.data.loader import Loader
     from moai_llm.data.shards import Store
     from moai_llm.evaluation.perplexity import evaluate
+    from moai_llm.training.fitting import rows_of
     from moai_llm.training.precision import make_precision
 
     assert recipe.data.valid is not None
@@ -168,7 +169,7 @@ def _evaluation(recipe: Recipe) -> Hook:
 
     def hook(step: int, model: Any) -> dict[str, float]:
         precision = make_precision(recipe.train.precision, model.device, recipe.train.tf32)
-        batches = loader.epoch(recipe.train.micro_batch_size, recipe.eval.rows)
+        batches = loader.epoch(rows_of(recipe), recipe.eval.rows)
         found = evaluate(model, batches, lengths, precision.autocast())
         return {"eval_loss": found.loss, "bits_per_byte": found.bits_per_byte}
 
@@ -179,6 +180,7 @@ def _evaluation_of_pairs(recipe: Recipe, store: Store) -> Hook:
     from moai_llm.data.pair_loader import PairLoader
     from moai_llm.evaluation.preference import evaluate_pairs
     from moai_llm.training.build import build_objective
+    from moai_llm.training.fitting import rows_of
     from moai_llm.training.precision import make_precision
     from moai_llm.training.preference import Preference
 
@@ -189,7 +191,7 @@ def _evaluation_of_pairs(recipe: Recipe, store: Store) -> Hook:
             "set another data.valid, or loss.type=dpo"
         )
     loader = PairLoader(store, recipe.data.seq_len, seed=None, overlong=recipe.data.overlong)
-    batches = list(loader.epoch(recipe.train.micro_batch_size, recipe.eval.rows))
+    batches = list(loader.epoch(rows_of(recipe), recipe.eval.rows))
 
     def hook(step: int, model: Any) -> dict[str, float]:
         precision = make_precision(recipe.train.precision, model.device, recipe.train.tf32)

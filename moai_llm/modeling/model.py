@@ -77,7 +77,8 @@ class MoaiModel(MoaiPreTrainedModel):
         seq_idx: (B, L) document number of each position of packed rows. No layer looks across a border. Derived from
             `position_ids` where those restart and it is not given.
         token_mask: (B, L) which tokens the router's sums count; all but padding when None.
-        noise_key: () int64 tensor that the router's noise is a function of; a counter of forward calls when None.
+        noise_key: () or, one for each row, (B,) int64 tensor that the router's noise is a function of; a counter of
+            forward calls when None.
         rope_length: how long the sequences will become, for RoPE rules that depend on it; this forward's own end when
             None.
     """

@@ -52,10 +52,13 @@ def top_k(logits: Tensor, k: int, normalise: bool, noise: Tensor | None = None) 
 def counter_normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Standard normal numbers (fp32) that are a pure function of an int64 key and of their place, on every device.
 
+    With keys (B,) the first dimension is B parts of equal size, one for each key: a row then draws the same numbers
+    whatever rows are beside it.
     Recomputing a layer, resuming a run or another rank draws the same numbers. Mixing function: the finaliser of
     MurmurHash3 on (key, place), applied twice; then Box-Muller.
     """
-    place = torch.arange(math.prod(shape), device=key.device, dtype=torch.int64)
+    key = key.reshape(-1, 1)
+    place = torch.arange(math.prod(shape) // key.shape[0], device=key.device, dtype=torch.int64)
     first = _mix(_mix(place * 2 + key) ^ key)
     second = _mix(_mix(place * 2 + 1 + key) ^ key)
     u1, u2 = ((bits & 0xFFFFFF).to(torch.float32) for bits in (first, second))

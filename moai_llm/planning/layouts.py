@@ -85,6 +85,8 @@ def stage(recipe: Recipe, layout: Layout, s: Setting, accumulation: int, number:
     matrices = sum(brick.parameters for layer in layers for brick in layer)
     total = matrices + embeds_here + head_here
     of_matrices, of_others = OPTIMIZER_BYTES[recipe.optim.name]
+    if s.device == "cuda" and recipe.train.host_optimizer:
+        of_matrices = of_others = 0.0
     states = of_matrices * matrices + of_others * (embeds_here + head_here)
     sharded = [layout.data if layout.zero >= level else 1 for level in (1, 2, 3)]
     gathered = 0.0
@@ -96,7 +98,8 @@ def stage(recipe: Recipe, layout: Layout, s: Setting, accumulation: int, number:
     return Step(
         layers=layers, setting=s, hidden_size=whole.hidden_size, vocab_size=vocab, tied=tied,
         embeds=embeds_here, head=head_here, weights=4.0 * total / sharded[2], gradients=4.0 * total / sharded[1],
-        optimizer=states / sharded[0], accumulates=accumulation > 1, recomputes=recipe.train.activation_checkpointing,
+        optimizer=states / sharded[0], accumulates=accumulation > 1,
+        recomputes=[recipe.train.recomputes(number * per_stage + i) for i in range(len(layers))],
         batch=BATCH * s.tokens * (accumulation if s.device == "cpu" else 1),
         in_flight=min(layout.pipeline - number, accumulation), gathered=gathered, last=last, norm=norm(whole, s),
     )  # fmt: skip

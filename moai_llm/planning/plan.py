@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from moai_llm.planning.activations import Setting
 from moai_llm.planning.hardware import GIB, Hardware
@@ -130,9 +130,20 @@ def make_plan(recipe: Recipe, hardware: Hardware | None, options: Options) -> Pl
     advice = [] if hardware is None or any(fit.fits for fit in fits) else list(_advice(recipe, hardware, options))
     return Plan(
         recipe, hardware, options, counts, flops, per_token,
-        flops["layers"] if recipe.train.activation_checkpointing else 0.0, fits, advice, tokens,
+        _recomputed(recipe, options), fits, advice, tokens,
         _seconds(tokens, per_token, hardware, options), cache_bytes(a, options.context or seq_len), notes,
     )  # fmt: skip
+
+
+def _recomputed(recipe: Recipe, options: Options) -> float:
+    """Operations a token of the layers that are recomputed."""
+    a, run = recipe.model, recipe.train
+    assert a.layer_types and a.mlp_layer_types
+    chosen = [i for i in range(len(a.layer_types)) if run.recomputes(i)]
+    of_chosen = replace(
+        a, layer_types=[a.layer_types[i] for i in chosen], mlp_layer_types=[a.mlp_layer_types[i] for i in chosen]
+    )
+    return of_chosen.flops(recipe.data.seq_len, options.document_tokens)["layers"] if chosen else 0.0
 
 
 def half_precision(recipe: Recipe, hardware: Hardware | None) -> bool:
@@ -160,7 +171,8 @@ def _fit(recipe: Recipe, hardware: Hardware | None, layout: Layout, options: Opt
     if options.micro_batch is not None:
         sizes = [min(options.micro_batch, rows)]
     elif hardware is None:
-        sizes = [min(recipe.train.micro_batch_size, rows)]
+        given = recipe.train.micro_batch_size
+        sizes = [1 if given == "auto" else min(given, rows)]
     limit = hardware.device.memory * GIB * (1 - options.reserve) if hardware else float("inf")
     for size in sizes:
         accumulation = -(-rows // size)
@@ -185,11 +197,11 @@ def _advice(recipe: Recipe, hardware: Hardware, options: Options) -> Iterator[Ad
     overrides: list[str] = []
     changed, limit = recipe, hardware.device.memory * GIB * (1 - options.reserve)
     for name, change in _changes(recipe):
-        shorter = name.startswith("data.seq_len")
-        if shorter and min(_states(fit.memory) for fit in _fits(changed, hardware, options)) > limit:
+        key = name.partition("=")[0]
+        if key == "data.seq_len" and min(_states(fit.memory) for fit in _fits(changed, hardware, options)) > limit:
             break  # no row is short enough
         changed = change(changed)
-        overrides = [*(item for item in overrides if not (shorter and item.startswith("data.seq_len"))), name]
+        overrides = [*(item for item in overrides if not item.startswith(f"{key}=")), name]
         fits = _fits(changed, hardware, options)
         best = min(fits, key=lambda fit: (not fit.fits, 0 if fit.fits else fit.memory.total))
         yield Advice(tuple(overrides), best.layout.name, best.memory.total, best.fits)
@@ -216,10 +228,11 @@ def _states(found: Memory) -> float:
 
 
 def _changes(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    if not recipe.train.activation_checkpointing:
+    ways: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
+    for way in ways[ways.index(recipe.train.activation_checkpointing) + 1 :]:
         yield (
-            "train.activation_checkpointing=true",
-            lambda r: replace(r, train=replace(r.train, activation_checkpointing=True)),
+            f"train.activation_checkpointing={way}",
+            lambda r, way=way: replace(r, train=replace(r.train, activation_checkpointing=way)),
         )
     if OPTIMIZER_BYTES[recipe.optim.name][0] > 4 and "adamw_8bit" in optimizer_names():
         yield "optim.name=adamw_8bit", lambda r: replace(r, optim=replace(r.optim, name="adamw_8bit"))
@@ -271,5 +284,7 @@ def _notes(recipe: Recipe, hardware: Hardware | None) -> Iterator[str]:
         yield "fp32 runs below the half-precision peak that the days are reckoned with: calibrate, or lower --mfu."
     if recipe.train.compile:
         yield "Memory is that of a run without train.compile, which changes what is kept."
+    if recipe.train.host_activations:
+        yield "Memory is that of a run whose activations stay on the device: what train.offload moves is not modelled."
     if hardware is None or hardware.device.kind == "cuda":
         yield "Memory formulas are measured on CPUs only; the CUDA paths are counted from the code."

@@ -56,7 +56,7 @@ class Step:
     gradients: float  # bytes once all are there
     optimizer: float
     accumulates: bool  # more than one micro-batch a step: gradients are there while a micro-batch runs
-    recomputes: bool
+    recomputes: list[bool]  # of each layer
     batch: float  # bytes of the step's batches that lie on the device
     in_flight: int = 1  # micro-batches whose activations are kept at once
     gathered: float = 0.0  # weights fetched from other devices at once
@@ -78,8 +78,8 @@ def moments(step: Step) -> Iterator[Memory]:
     full = 4 * (step.embeds + step.head + sum(brick.parameters for layer in step.layers for brick in layer))
     scale = step.gradients / full if full else 0.0
     base = Memory(step.weights + step.gathered, 0.0, step.optimizer, step.batch + tokens * 9)
-    held = [_held(layer, step) for layer in step.layers]
-    cached = sum(brick.kept.cached for layer in step.layers for brick in layer) if step.recomputes else 0.0
+    held = [_held(layer, recomputed, step) for layer, recomputed in zip(step.layers, step.recomputes)]
+    cached = sum(brick.kept.cached for layer, again in zip(step.layers, step.recomputes) if again for brick in layer)
     waiting = (step.in_flight - 1) * sum(held)
     live = sum(held) + waiting + (step.norm.saved if step.last else 0)
     done = full if step.accumulates else 0.0
@@ -102,8 +102,8 @@ def moments(step: Step) -> Iterator[Memory]:
         live -= step.norm.saved
         loss -= s.size * h * tokens
     stream = 4.0 * h * tokens  # the gradient of the residual stream
-    for layer in reversed(step.layers):
-        live += _recomputed(layer, step)
+    for layer, recomputed in reversed(list(zip(step.layers, step.recomputes))):
+        live += _held(layer, False, step) - _held(layer, recomputed, step)  # what comes back when it is recomputed
         for brick in reversed(layer):
             fresh = (2 if s.half else 0) * brick.largest + (4 * brick.largest if step.accumulates else 0)
             grown = 0.0 if step.accumulates else 4 * brick.largest
@@ -118,19 +118,11 @@ def moments(step: Step) -> Iterator[Memory]:
     yield replace(base, activations=step.batch, gradients=step.gradients)
 
 
-def _held(layer: list[Brick], step: Step) -> float:
-    """Bytes of a layer between its forward and its backward."""
-    if step.recomputes:
+def _held(layer: list[Brick], recomputed: bool, step: Step) -> float:
+    """Bytes of a layer between its forward and its backward; of one that is recomputed its input."""
+    if recomputed:
         return 4.0 * step.hidden_size * step.setting.tokens
     return sum(brick.kept.saved + brick.kept.casts + brick.norm.saved for brick in layer)
-
-
-def _recomputed(layer: list[Brick], step: Step) -> float:
-    """Bytes that come back when the layer is recomputed; its input is there already."""
-    if not step.recomputes:
-        return 0.0
-    whole = sum(brick.kept.saved + brick.kept.casts + brick.norm.saved for brick in layer)
-    return whole - 4.0 * step.hidden_size * step.setting.tokens
 
 
 def chunk_rows(vocab_size: int, device: str) -> int:

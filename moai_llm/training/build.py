@@ -72,10 +72,12 @@ def prepare_model(model: MoaiForCausalLM, recipe: Recipe, device: torch.device) 
     model.to(device=device, dtype=torch.float32)  # type: ignore[call-arg]
     if recipe.lora.rank:
         lora.add_adapters(model, recipe.lora, recipe.train.init_from)
-    if recipe.train.activation_checkpointing:
+    if recipe.train.activation_checkpointing != "none":
         # transformers renamed the method; both turn on `GradientCheckpointingLayer`
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable()
+        for i, layer in enumerate(model.model.layers):
+            layer.gradient_checkpointing = recipe.train.recomputes(i)
     if recipe.train.compile:
         for layer in model.model.layers:
             layer.compile(dynamic=False)

@@ -7,7 +7,6 @@ it. Nothing is written.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -19,12 +18,13 @@ from moai_llm.architecture import Architecture
 from moai_llm.data.loader import Batch, Loader
 from moai_llm.data.shards import Store
 from moai_llm.modeling.model import MoaiForCausalLM
-from moai_llm.planning.hardware import GIB, Accelerator, Hardware, find_device
+from moai_llm.planning.hardware import Hardware
 from moai_llm.planning.layouts import Layout, memory
 from moai_llm.planning.plan import Options, setting
 from moai_llm.recipe import Recipe
-from moai_llm.runtime import MoaiError, has_fast_bf16, keep_freed_memory, pick_device, seed_everything
+from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_everything
 from moai_llm.training.build import build_model
+from moai_llm.training.fitting import rows_of, this_machine
 from moai_llm.training.measure import RealStep, random_batch
 
 MICRO_BATCHES = 2  # of a measured step: with two, gradients are there while activations are, as in the real one
@@ -83,7 +83,7 @@ def calibrate(
             memory does not hold the model.
     """
     device = pick_device(recipe.train.device)
-    here = _this_machine(device).device
+    here = this_machine(device).device
     if hardware is not None and hardware.device.name != here.name:
         raise MoaiError(
             f"--calibrate measures this machine's {here.name}, which says nothing about {hardware}: leave out "
@@ -92,7 +92,7 @@ def calibrate(
     if device.type == "cpu":
         keep_freed_memory()
     seed_everything(recipe.train.seed)
-    rows = options.micro_batch or recipe.train.micro_batch_size
+    rows = options.micro_batch or rows_of(recipe)
     try:
         return _measure(recipe, replace(options, micro_batch=rows), device, steps, quiet)
     except torch.OutOfMemoryError:
@@ -128,7 +128,7 @@ def _measure(recipe: Recipe, options: Options, device: torch.device, steps: int,
     micro = median((whole - of) / MICRO_BATCHES for whole, of in counted)
     peak = step.peak_bytes(next(batches))
     accumulation = max(1, -(-recipe.train.batch_tokens // (rows * seq_len)))
-    hardware = _this_machine(device)
+    hardware = this_machine(device)
     recipe = replace(recipe, model=_architecture(step.model))
     predicted = memory(recipe, Layout("one device"), setting(recipe, hardware, rows, options), MICRO_BATCHES).total
     per_token = 3 * recipe.model.flops(seq_len, options.document_tokens)["total"]
@@ -192,14 +192,6 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def _this_machine(device: torch.device) -> Hardware:
-    if device.type == "cuda":
-        name, memory = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1] / GIB
-        return Hardware(1, find_device(name, memory) or Accelerator(name, None, memory, bf16=has_fast_bf16(device)))
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return Hardware(1, Accelerator("cpu", None, pages * size / GIB, None, has_fast_bf16(device), "cpu"))
 
 
 def _architecture(model: MoaiForCausalLM) -> Architecture:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -26,9 +27,11 @@ from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError
 from moai_llm.training.clipping import Clip
+from moai_llm.training.fitting import forget_peak, optimizer_bytes, share_taken, tried_rows
 from moai_llm.training.health import Health, Verdict
+from moai_llm.training.micro_batches import split_rows
 from moai_llm.training.monitor import Monitor
-from moai_llm.training.objective import NextToken, Objective, add_up, to_floats
+from moai_llm.training.objective import Counts, NextToken, Objective, add_up, to_floats
 from moai_llm.training.precision import Precision
 from moai_llm.training.profile import ProfileOptions, Profiler
 from moai_llm.training.run import Run
@@ -97,17 +100,25 @@ def train(
         for line in run.notes:
             monitor.note(line)
         with watchdog.paused():
+            _choose_micro_batch(run, monitor)
             _catch_up(hooks, run)
         clock, since, waited = time.perf_counter(), 0, 0.0
         while run.done < run.total:
             lr = learning_rate(run.done, run.total, recipe.optim.lr, recipe.schedule, run.eval_losses)
             batch = run.batch()
+            if recipe.train.dynamic_micro_batch:
+                forget_peak(run.precision.device)
             result = train_step(
-                run.model, run.optimizer, run.precision, split_rows(batch, recipe.train.micro_batch_size),
+                run.model, run.optimizer, run.precision, run.micro_batch.split(batch),
                 run.objective, lr=lr, clip=run.clip, router_load=run.router_load,
                 noise_seed=(recipe.train.seed, run.done + run.ahead), health=run.health,
+                smaller=partial(run.micro_batch.split_smaller, batch),
             )  # fmt: skip
             watchdog.beat()
+            if recipe.train.dynamic_micro_batch:
+                run.micro_batch.follow(share_taken(run.precision.device))
+            for line in run.micro_batch.take_notes():
+                monitor.note(f"step {run.done + 1}: {line}")
             if result.verdict.reason:
                 monitor.note(f"step {run.done + 1}: {result.verdict.action}, {result.verdict.reason}")
             if result.verdict.action == "stop":
@@ -168,6 +179,7 @@ def train_step(
     router_load: Tensor | None = None,
     noise_seed: tuple[int, int] = (0, 0),
     health: Health | None = None,
+    smaller: Callable[[], Sequence[Batch]] | None = None,
 ) -> StepResult:
     """One optimizer step over micro-batches that together are one batch. A step that `health` finds bad changes no
     weights.
@@ -176,7 +188,9 @@ def train_step(
         lr: of this step; a group of parameters takes its `lr_scale` of it.
         router_load: (sparse layers, E) the load of the step before, which the balance loss multiplies with: it is the
             same for every micro-batch, so that accumulating does not change the step. Uniform when None.
-        noise_seed: (seed, step); with the micro-batch's number it is all that the router's noise depends on.
+        noise_seed: (seed, step); with the number of the row it is all that the router's noise depends on.
+        smaller: the same rows in smaller micro-batches; called where the device's memory did not hold these, and the
+            step is begun again. It is an error when None.
     """
     device = precision.device
     counts = objective.count(batches)
@@ -184,15 +198,19 @@ def train_step(
         raise MoaiError("a batch without a single token to learn: raise train.batch_tokens or check the data's masks")
     if router_load is None:
         router_load = torch.full_like(model.model.expert_counts, 1 / model.config.num_experts)
-    sums: dict[str, Tensor] = {}
-    for i, batch in enumerate(batches):
-        on_device = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
-        with precision.autocast():
-            part = objective.forward(
-                model, on_device, counts, router_load=router_load, noise_key=noise_key(*noise_seed, i, device)
-            )
-        precision.scaler.scale(part.loss).backward()
-        add_up(sums, part.numbers)
+    while True:
+        try:
+            sums = _accumulate(model, precision, batches, objective, counts, router_load, noise_seed)
+            break
+        except torch.OutOfMemoryError:
+            if smaller is None:
+                raise
+        # after the `except`: what was raised held the frames of the step, and they its activations
+        optimizer.zero_grad(set_to_none=True)
+        model.model.take_expert_counts()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        batches = smaller()
     precision.scaler.unscale_(optimizer)
     clipped = clip()
     numbers, norm, scaled = to_floats(sums), float(clipped.norm), precision.scaler.is_enabled()
@@ -209,16 +227,57 @@ def train_step(
     return StepResult(numbers, norm, float(clipped.kept), counts.targets, load, verdict)
 
 
-def noise_key(seed: int, step: int, micro_batch: int, device: torch.device) -> Tensor:
-    """An int64 tensor that is different for each (seed, step, micro-batch)."""
-    mixed = (seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9 + micro_batch * 0x94D049BB133111EB) % 2**62
+def _accumulate(
+    model: MoaiForCausalLM,
+    precision: Precision,
+    batches: Sequence[Batch],
+    objective: Objective,
+    counts: Counts,
+    router_load: Tensor,
+    noise_seed: tuple[int, int],
+) -> dict[str, Tensor]:
+    """The gradient of a step, into the weights' `grad`; returns the numbers of its micro-batches, added up."""
+    device, row, sums = precision.device, 0, dict[str, Tensor]()
+    for batch in batches:
+        on_device = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
+        key = noise_keys(*noise_seed, range(row, row + batch["input_ids"].shape[0]), device)
+        with precision.autocast(), precision.saving():
+            part = objective.forward(model, on_device, counts, router_load=router_load, noise_key=key)
+        precision.scaler.scale(part.loss).backward()
+        add_up(sums, part.numbers)
+        row += len(key)
+    return sums
+
+
+def _choose_micro_batch(run: Run, monitor: Monitor) -> None:
+    """`train.micro_batch_size=auto`; on a CUDA device by trying, else it stays what the plan says."""
+    if run.recipe.train.micro_batch_size != "auto" or run.done:
+        return
+    device, size = run.precision.device, run.micro_batch
+    if device.type == "cuda":
+        states = optimizer_bytes(run.recipe, run.model.config)
+        size.rows = tried_rows(partial(_try_rows, run), device, states, size.most)
+        torch.cuda.empty_cache()
+    monitor.note(f"train.micro_batch_size=auto: {size.rows} rows, {-(-size.most // size.rows)} micro-batches a step")
+
+
+def _try_rows(run: Run, rows: int) -> None:
+    """Forward and backward of two micro-batches, so that gradients are there while activations are; nothing is left."""
+    batches = split_rows(run.loader.step(run.ahead), rows)[:2]
+    load = torch.full_like(run.model.model.expert_counts, 1 / run.model.config.num_experts)
+    try:
+        counts = run.objective.count(batches)
+        _accumulate(run.model, run.precision, batches, run.objective, counts, load, (run.recipe.train.seed, 0))
+    finally:
+        run.optimizer.zero_grad(set_to_none=True)
+        run.model.model.take_expert_counts()
+
+
+def noise_keys(seed: int, step: int, rows: Iterable[int], device: torch.device) -> Tensor:
+    """(rows,) int64, different for each (seed, step, row of the step)."""
+    of_step = seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9
+    mixed = [(of_step + row * 0x94D049BB133111EB) % 2**62 for row in rows]
     return torch.tensor(mixed, dtype=torch.int64, device=device)
-
-
-def split_rows(batch: Batch, size: int) -> list[Batch]:
-    """Micro-batches of at most `size` rows."""
-    count = batch["input_ids"].shape[0]
-    return [{key: t[i : i + size] for key, t in batch.items()} for i in range(0, count, size)]
 
 
 def _numbers(result: StepResult) -> dict[str, float]:

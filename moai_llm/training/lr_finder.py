@@ -22,8 +22,10 @@ from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_eve
 from moai_llm.training.build import active_parameters, build_model, build_objective
 from moai_llm.training.clipping import Clip
 from moai_llm.training.feed import open_data
-from moai_llm.training.loop import split_rows, train_step
+from moai_llm.training.fitting import rows_of
+from moai_llm.training.loop import train_step
 from moai_llm.training.lr_guide import guide, kind_of_run
+from moai_llm.training.micro_batches import split_rows
 from moai_llm.training.objective import NextToken, Objective
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import Precision, make_precision
@@ -113,11 +115,11 @@ def sweep(
     losses: list[float] = []
     with torch.random.fork_rng(devices=[precision.device] if precision.device.type == "cuda" else []):
         trial, load = (copy.deepcopy(model) if keep else model).train(), None
-        optimizer = make_optimizer(trial, recipe.optim)
-        clip = Clip(trial, recipe.clip, recipe.train.max_grad_norm)
+        optimizer = make_optimizer(trial, recipe.optim, on_host=recipe.train.host_optimizer)
+        clip, rows = Clip(trial, recipe.clip, recipe.train.max_grad_norm), rows_of(recipe)
         for step in range(steps):
             lr = low * (high / low) ** (step / max(1, steps - 1))
-            batches = split_rows(loader.step(step), recipe.train.micro_batch_size)
+            batches = split_rows(loader.step(step), rows)
             result = train_step(
                 trial, optimizer, precision, batches, objective or NextToken(), lr=lr, clip=clip, router_load=load,
                 noise_seed=(recipe.train.seed, step),

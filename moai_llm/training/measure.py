@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 
@@ -15,6 +15,7 @@ from moai_llm.recipe import Recipe
 from moai_llm.training.build import prepare_model
 from moai_llm.training.clipping import Clip
 from moai_llm.training.loop import train_step
+from moai_llm.training.offload import HostActivations, require_host
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import make_precision
 
@@ -24,9 +25,12 @@ class RealStep:
 
     def __init__(self, recipe: Recipe, device: torch.device, model: MoaiForCausalLM | None = None) -> None:
         self.recipe, self.device = recipe, device
+        require_host(recipe, device)
         self.precision = make_precision(recipe.train.precision, device, recipe.train.tf32)
         self.model = model or prepare_model(MoaiForCausalLM(MoaiConfig(**asdict(recipe.model))), recipe, device)
-        self.optimizer = make_optimizer(self.model, recipe.optim)
+        if recipe.train.host_activations:
+            self.precision = replace(self.precision, saving=HostActivations(self.model).hooks)
+        self.optimizer = make_optimizer(self.model, recipe.optim, on_host=recipe.train.host_optimizer)
         self.clip = Clip(self.model, recipe.clip, recipe.train.max_grad_norm)
 
     def run(self, batches: Sequence[Batch]) -> None:

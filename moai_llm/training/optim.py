@@ -17,6 +17,7 @@ from moai_llm.optimization import OPTIM_OPTIONS, OptimConfig
 from moai_llm.runtime import MoaiError, did_you_mean, has_fast_bf16, require
 from moai_llm.training.lion import Lion
 from moai_llm.training.muon import Muon
+from moai_llm.training.offload import HostAdamW
 
 # recurrence parameters: pulling them to zero would change time constants, not simplify the model
 NO_DECAY = ("A_log", "D", "dt_bias")
@@ -29,12 +30,18 @@ Take = Callable[[str, nn.Parameter], bool]
 Groups = list[dict[str, Any]]
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: OptimConfig, *, on_host: bool = False) -> torch.optim.Optimizer:
     """The optimizer that the recipe names, over the trainable parameters of a model that is on its device.
+
+    Args:
+        on_host: AdamW with its states in the host's memory, see `offload.py`.
 
     Raises:
         MoaiError: a rule of `optim.groups` finds nothing, the optimizer's package is missing, or it needs a GPU.
     """
+    if on_host:
+        assert config.name == "adamw"
+        return HostAdamW(parameter_groups(model, config), lr=config.lr, **_options(config))
     return OPTIMIZERS[config.name](model, config)
 
 
@@ -121,9 +128,11 @@ class Combined(torch.optim.Optimizer):
 
 
 def place_state(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, key: str, tensor: Tensor) -> Tensor:
-    """A state that was read from a file, in the memory where its optimizer keeps it: on the parameter's device, or in
-    the paged memory of bitsandbytes, which is large because the device's is not.
+    """A state that was read from a file, in the memory where its optimizer keeps it: on the parameter's device, in the
+    host's memory, or in the paged memory of bitsandbytes, which is large because the device's is not.
     """
+    if getattr(optimizer, "on_host", False):
+        return tensor
     if key in ("state1", "state2"):
         for part in getattr(optimizer, "parts", [optimizer]):
             if getattr(part, "is_paged", False) and any(

@@ -4,8 +4,10 @@ fp32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +23,7 @@ class Precision:
     name: str
     device: torch.device
     scaler: torch.amp.GradScaler
+    saving: Callable[[], AbstractContextManager[Any]] = nullcontext  # around each forward of a step, see `offload.py`
 
     def autocast(self) -> AbstractContextManager[None]:
         dtype = AUTOCAST[self.name]

@@ -21,6 +21,7 @@ from moai_llm.ops.log_probs import document_sums, linear_log_probs
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError
 from moai_llm.training import reference
+from moai_llm.training.fitting import rows_of
 from moai_llm.training.objective import Counts, MicroBatch, count_tokens, hidden_states, with_router
 from moai_llm.training.precision import Precision
 from moai_llm.training.reference import Origin, file_of, fingerprint_of
@@ -115,7 +116,7 @@ class Preference:
         if known is not None and not known[used].isnan().any():
             return known
         return reference.compute(
-            model(), loader, self._log_probs_of, precision, self.recipe.train.micro_batch_size, known=known,
+            model(), loader, self._log_probs_of, precision, rows_of(self.recipe), known=known,
             save=lambda values: reference.write(file, origin, values), quiet=quiet,
         )  # fmt: skip
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,9 +25,12 @@ from moai_llm.training.build import active_parameters, build_model, build_object
 from moai_llm.training.checkpoint import Checkpoints, restore
 from moai_llm.training.clipping import Clip
 from moai_llm.training.feed import describe, open_data
+from moai_llm.training.fitting import rows_of
 from moai_llm.training.health import Health
 from moai_llm.training.lr_guide import advice, kind_of_run
+from moai_llm.training.micro_batches import MicroBatchSize
 from moai_llm.training.objective import Objective
+from moai_llm.training.offload import HostActivations, require_host
 from moai_llm.training.optim import make_optimizer
 from moai_llm.training.precision import Precision, make_precision
 from moai_llm.training.profile import ProfileOptions
@@ -67,6 +70,7 @@ class Run:
     precision: Precision
     clip: Clip
     health: Health
+    micro_batch: MicroBatchSize
     checkpoints: Checkpoints
     notes: list[str] = field(default_factory=list)
     done: int = 0
@@ -91,6 +95,7 @@ class Run:
         )
         latest, begun = find_start(recipe, checkpoints, resume=resume, fresh=fresh)
         device = pick_device(recipe.train.device)
+        require_host(recipe, device)
         precision = make_precision(recipe.train.precision, device, recipe.train.tf32)
         if device.type == "cpu":
             keep_freed_memory()
@@ -102,10 +107,14 @@ class Run:
         model = build_model(recipe, tokenizer, device, latest)
         if recipe.train.init_from:
             recipe = with_model_of(recipe, model.config)
+        if recipe.train.host_activations:
+            precision = replace(precision, saving=HostActivations(model).hooks)
+        micro_batch = MicroBatchSize(rows_of(with_model_of(recipe, model.config)), rows)
         run = cls(
             recipe, out, tokenizer, objective, loader, rows, total_steps(recipe, loader, rows), model,
-            make_optimizer(model, recipe.optim), precision, Clip(model, recipe.clip, recipe.train.max_grad_norm),
-            Health(recipe.health), checkpoints, base=lora.base_identity(recipe),
+            make_optimizer(model, recipe.optim, on_host=recipe.train.host_optimizer), precision,
+            Clip(model, recipe.clip, recipe.train.max_grad_norm), Health(recipe.health), micro_batch, checkpoints,
+            base=lora.base_identity(recipe),
         )  # fmt: skip
         kind = kind_of_run(loader.sources[-1].store.manifest.kind, recipe.train.init_from, lora=recipe.lora.rank > 0)
         if warning := advice(recipe.optim.lr, kind, active_parameters(model), recipe.optim.name):
@@ -178,6 +187,7 @@ class Run:
             "health": self.health.state_dict(),
             "norms": list(self.clip.norms),
             "eval_losses": list(self.eval_losses),
+            "micro_batch": self.micro_batch.state_dict(),
         }
         yaml = recipes.dump(self.recipe)
         self.latest = self.checkpoints.save(self.done, self.model, self.tokenizer, yaml, self.optimizer, state)
@@ -224,6 +234,7 @@ class Run:
         self.health.load_state_dict(state["health"])
         self.clip.remember(state["norms"])
         self.eval_losses[:] = state["eval_losses"]
+        self.micro_batch.load_state_dict(state["micro_batch"])
         if self.total < self.done:
             raise MoaiError(
                 f"{checkpoint} has done {self.done} steps, so this run cannot end after {self.total}: make it longer"

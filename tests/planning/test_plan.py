@@ -164,7 +164,7 @@ def test_what_to_change_when_nothing_fits() -> None:
     plan = make_plan(recipe, small, Options())
     assert plan.best is None
     first = plan.advice[0]
-    assert first.overrides == ("train.activation_checkpointing=true",) and not first.fits
+    assert first.overrides == ("train.activation_checkpointing=selective",) and not first.fits
     changed = recipes.load("khanh-692m", ["data.seq_len=2048", "train.precision=bf16", *first.overrides])
     assert make_plan(changed, small, Options()).fits[0].memory.total == first.total
     huge = make_plan(recipes.load("moai-mamba-16b"), A100, Options())
@@ -178,7 +178,9 @@ def test_a_shorter_row_helps_where_activations_are_what_is_too_big() -> None:
     *before, last = plan.advice
     assert last.fits and any(item.startswith("data.seq_len=") for item in last.overrides)
     assert sum(item.startswith("data.seq_len=") for item in last.overrides) == 1
-    assert before[0].overrides == ("train.activation_checkpointing=true",)
+    assert [advice.overrides for advice in before[:2]] == [
+        ("train.activation_checkpointing=selective",), ("train.activation_checkpointing=full",)
+    ]  # fmt: skip
 
 
 def test_days_and_cost() -> None:
@@ -188,6 +190,10 @@ def test_days_and_cost() -> None:
     assert plan.cost == pytest.approx(plan.seconds / 3600 * 8 * 2.0)
     assert plan.needed_mfu(plan.seconds / 86400) == pytest.approx(0.5)
     assert plan.recomputed == plan.flops["layers"]  # the preset recomputes activations
+    every_second = recipes.load("moai-3b", ["train.activation_checkpointing=selective"])
+    assert make_plan(every_second, EIGHT, Options()).recomputed == plan.flops["layers"] / 2
+    none = recipes.load("moai-3b", ["train.activation_checkpointing=none"])
+    assert make_plan(none, EIGHT, Options()).recomputed == 0
     measured = make_plan(recipes.load("moai-3b"), EIGHT, Options(tokens=60e9, tokens_per_second=1e4))
     assert measured.seconds == pytest.approx(60e9 / 8e4)
 

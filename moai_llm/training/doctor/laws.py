@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from moai_llm.data.loader import Batch
-from moai_llm.modeling.moe import Router
 from moai_llm.training.clipping import Clip
 from moai_llm.training.doctor.finding import Finding
 from moai_llm.training.loop import train_step
@@ -133,13 +132,12 @@ def initial_loss(model: Any, ids: Tensor) -> Finding:
 def accumulation(model: Any, batch: Batch) -> Finding:
     """The gradient of micro-batches with unequal numbers of targets, summed, against that of the whole batch.
 
-    Through the real training step. The noise of routers is off, because it is drawn anew for each micro-batch.
+    Through the real training step.
     """
     batch = _uneven(batch)
-    with _without_noise(model):
-        whole = _gradient(model, [batch])
-        rows = batch["input_ids"].shape[0]
-        parts = _gradient(model, [{key: t[i : i + 1] for key, t in batch.items()} for i in range(rows)])
+    whole = _gradient(model, [batch])
+    rows = batch["input_ids"].shape[0]
+    parts = _gradient(model, [{key: t[i : i + 1] for key, t in batch.items()} for i in range(rows)])
     norm = float(whole.norm())
     far = float((parts - whole).norm()) / max(norm, 1e-30)
     numbers = {"difference": far, "grad_norm": norm}
@@ -213,15 +211,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(before)
-
-
-@contextmanager
-def _without_noise(model: nn.Module) -> Iterator[None]:
-    kept = [(router, router.noise_weight) for router in model.modules() if isinstance(router, Router)]
-    for router, _ in kept:
-        router.noise_weight = None
-    try:
-        yield
-    finally:
-        for router, weight in kept:
-            router.noise_weight = weight

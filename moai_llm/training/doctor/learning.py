@@ -14,7 +14,7 @@ from torch import Tensor
 from moai_llm.data.loader import Batch
 from moai_llm.training.clipping import Clip
 from moai_llm.training.doctor.finding import Finding
-from moai_llm.training.loop import noise_key, train_step
+from moai_llm.training.loop import noise_keys, train_step
 from moai_llm.training.precision import make_precision
 
 FAR_APART = 1e4  # largest over smallest gradient norm of the layers
@@ -29,7 +29,8 @@ def gradient_flow(model: Any, batch: Batch) -> Finding:
     """One backward: every parameter must get a gradient that is a number and not all zero."""
     model.train()
     model.zero_grad(set_to_none=True)
-    model(**batch, use_cache=False, noise_key=noise_key(0, 0, 0, batch["input_ids"].device)).loss.backward()
+    ids = batch["input_ids"]
+    model(**batch, use_cache=False, noise_key=noise_keys(0, 0, range(len(ids)), ids.device)).loss.backward()
     model.model.take_expert_counts()
     squares: dict[str, float] = defaultdict(float)
     frozen, silent, broken = [], [], []
