@@ -51,7 +51,7 @@ def main() -> None:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         loader = make_loader(Path(folder))
-        tokenizer = loader.store.tokenizer()
+        tokenizer = loader.sources[0].store.tokenizer()
         print(f"{len(loader)} rows of {ROW_LENGTH} tokens, {loader.packing.efficiency:.1%} full")
         model = make_model(tokenizer.padded_vocab_size).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, weight_decay=0.1, fused=True)

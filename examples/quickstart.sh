@@ -43,7 +43,7 @@ moai data prepare "$out/chats.jsonl" --chat --tokenizer "$out/tokenizer" --out "
 
 # 5. Fine-tuning is training from another start, on a store of conversations: only the answers are learned.
 moai train moai-hybrid-moe-0.8b-tiny "${small[@]}" data.train="$out/chats" train.init_from="$out/pretrained" \
-  train.steps=40 train.out="$out/chat" optim.lr=1e-2
+  train.steps=80 train.out="$out/chat" optim.lr=1e-2
 
 # 6. Talk to it. Without the pipe it is a conversation in the terminal.
 echo 'What is the capital of Korea?' | moai chat "$out/chat" --temperature 0 --max-new-tokens 16

@@ -27,7 +27,7 @@ def falls(losses: list[float], by: float) -> None:
 
 
 def quickstart(output: str) -> None:
-    pretraining, fine_tuning = (numbers(rf"train \d+/{steps}  loss ([\d.]+)", output) for steps in (30, 40))
+    pretraining, fine_tuning = (numbers(rf"train \d+/{steps}  loss ([\d.]+)", output) for steps in (30, 80))
     falls(pretraining, 0.5)
     falls(fine_tuning, 3)
     assert "Seoul." in output and "bits per byte" in output

@@ -111,7 +111,7 @@ def test_preference_pairs(moai: Moai, fails: Moai, prepare: tuple[object, ...], 
     assert f"moai train RECIPE data.train={tmp_path / 'out'}" in output and "loss.type=dpo" in output
     assert len(Pairs(tmp_path / "out")) + len(Pairs(tmp_path / "valid")) == 10
     info = flat(moai("data", "info", tmp_path / "out"))
-    assert "kind preference" in info and "rows of" not in info and "damage none" in info
+    assert "kind preference" in info and "pairs cut 0" in info and "damage none" in info
     shown = moai("data", "show", tmp_path / "out", 0)
     assert shown.index("question 1") < shown.index("chosen") < shown.index("good 1") < shown.index("bad 1")
     assert shown.count("question 1") == 1  # the prompt is shown once
