@@ -37,7 +37,7 @@ CANDIDATES = {
     OURS: PREPARE.replace("WORKERS", "1"),
     PARALLEL: PREPARE.replace("WORKERS", "2"),
     DATASETS: """
-        import datasets, sys, tokenizers
+        import datasets, pyarrow.compute, sys, tokenizers
         datasets.disable_progress_bars()
         tokenizer = tokenizers.Tokenizer.from_file(sys.argv[2] + "/tokenizer.json")
         end = tokenizer.token_to_id("<|endoftext|>")
@@ -47,7 +47,7 @@ CANDIDATES = {
         data = datasets.load_dataset("json", data_files=sys.argv[1], cache_dir=sys.argv[3] + "-cache", split="train")
         data = data.map(encode, batched=True, remove_columns=data.column_names)
         data.save_to_disk(sys.argv[3])
-        print(sum(len(row) for batch in data.iter(1000) for row in batch["input_ids"]))
+        print(pyarrow.compute.sum(pyarrow.compute.list_value_length(data.data.column("input_ids"))))
     """,
     DATATROVE: """
         import os, sys
@@ -93,7 +93,7 @@ def beside(pool: list[str], folder: Path, megabytes: int, rounds: int) -> Table:
 
     files = [corpus(pool, folder / f"{size}.jsonl", size) for size in (megabytes / 5, megabytes)]
     table = Table(
-        f"{megabytes} MB of ko, en, ja, zh as JSON lines ({rounds} rounds, one process and thread but where it says so)",
+        f"{megabytes} MB of ko, en, ja, zh as JSON lines ({rounds} rounds, one thread but where it says so)",
         ("", "CPU-s to start", "MB per CPU-s then", "times our CPU-s", "MB in memory", "of one process", "MB on disk"),
     )
     print(table.title)
