@@ -23,7 +23,17 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from moai_llm import __version__
 from moai_llm.data import blocks
-from moai_llm.data.blocks import Block, Encoder, Job, Part, PieceError, Tally, encode_items, read_ahead
+from moai_llm.data.blocks import (
+    Block,
+    Encoder,
+    Job,
+    Part,
+    PieceError,
+    Tally,
+    encode_items,
+    few_collections,
+    read_ahead,
+)  # fmt: skip
 from moai_llm.data.code import CodeOptions
 from moai_llm.data.collect import Collector, Report
 from moai_llm.data.partial import Partial
@@ -185,9 +195,10 @@ class _Run:
         collector = self.collector
         assert collector is not None
         encoder, done = Encoder(self.job, threads), collector.done
-        for pieces in islice(slices(self.sources, self.job.reading), collector.slice, None):
-            yield from encoder.blocks(pieces, number=collector.number - done, skip=done)
-            done = 0
+        with few_collections():
+            for pieces in islice(self._slices(), collector.slice, None):
+                yield from encoder.blocks(pieces, number=collector.number - done, skip=done)
+                done = 0
 
     def _in_processes(self, processes: int) -> Generator[Block, None, None]:
         from moai_llm.data.pool import Pool

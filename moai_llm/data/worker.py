@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Sequence
 from typing import IO, Any, NamedTuple
 
-from moai_llm.data.blocks import Encoder
+from moai_llm.data.blocks import Encoder, few_collections
 from moai_llm.data.sources import Piece
 from moai_llm.runtime import MoaiError
 
@@ -49,22 +49,27 @@ def main() -> None:
     os.dup2(2, 1)  # what a library prints is no message
     try:
         encoder = Encoder(receive(tasks))
-        while (task := receive(tasks)) is not None:
-            try:
-                if task.only_count:
-                    send(blocks, pickle.dumps(encoder.count(task.pieces)), True)
-                    continue
-                for block in encoder.blocks(task.pieces, number=task.number, skip=task.skip):
-                    send(blocks, pickle.dumps(block, protocol=5), block.is_last)
-            except MoaiError as error:
-                send(blocks, pickle.dumps(Failure(str(error), True, getattr(error, "of", ("", 0)))), True)
-            except BrokenPipeError:
-                raise
-            except Exception:
-                send(blocks, pickle.dumps(Failure(traceback.format_exc(), False)), True)
+        with few_collections():
+            while (task := receive(tasks)) is not None:
+                _do(encoder, task, blocks)
     except (BrokenPipeError, EOFError):  # nobody is left who wants the blocks
         os._exit(1)
     os._exit(0)  # nothing is left to do, and freeing a large vocabulary takes its time
+
+
+def _do(encoder: Encoder, task: Task, blocks: IO[bytes]) -> None:
+    try:
+        if task.only_count:
+            send(blocks, pickle.dumps(encoder.count(task.pieces)), True)
+            return
+        for block in encoder.blocks(task.pieces, number=task.number, skip=task.skip):
+            send(blocks, pickle.dumps(block, protocol=5), block.is_last)
+    except MoaiError as error:
+        send(blocks, pickle.dumps(Failure(str(error), True, getattr(error, "of", ("", 0)))), True)
+    except BrokenPipeError:
+        raise
+    except Exception:
+        send(blocks, pickle.dumps(Failure(traceback.format_exc(), False)), True)
 
 
 def send(file: IO[bytes], content: bytes, ends: bool = False) -> None:
