@@ -228,5 +228,5 @@ class Loader:
         return made
 
 
-# int32 for all would make rows at most a third faster, and each batch would have to be converted: targets are int64
+# int32 for all was 0.9 to 1.6 times as fast, and each batch would have to be converted: targets are int64
 DTYPES = {"input_ids": torch.int64, "labels": torch.int64, "position_ids": torch.int64, "seq_idx": torch.int32}

@@ -22,7 +22,7 @@ from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_eve
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.training import lora, rollback
 from moai_llm.training.build import active_parameters, build_model, build_objective
-from moai_llm.training.checkpoint import Checkpoints, restore
+from moai_llm.training.checkpoint import Checkpoints
 from moai_llm.training.clipping import Clip
 from moai_llm.training.feed import describe, open_data
 from moai_llm.training.fitting import rows_of
@@ -36,6 +36,7 @@ from moai_llm.training.precision import Precision, make_precision
 from moai_llm.training.profile import ProfileOptions
 from moai_llm.training.sinks import require_sinks
 from moai_llm.training.start import discard, find_start, total_steps, with_model_of
+from moai_llm.training.state import restore
 
 logger = logging.getLogger("moai_llm")
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from moai_llm.runtime import MoaiError
-from moai_llm.training.checkpoint import STATE, Checkpoints, problems
+from moai_llm.training.checkpoint import Checkpoints, problems
+from moai_llm.training.state import STATE
 from tests.training.conftest import MakeRecipe, train
 
 

@@ -14,9 +14,10 @@ from moai_llm.recipe import OptimConfig
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.training import optim
-from moai_llm.training.checkpoint import Checkpoints, restore
+from moai_llm.training.checkpoint import Checkpoints
 from moai_llm.training.measure import random_batch
 from moai_llm.training.offload import HostActivations, HostAdamW
+from moai_llm.training.state import restore
 from tests.conftest import PAIRS, tiny_model
 from tests.training.conftest import MakeRecipe, train
 

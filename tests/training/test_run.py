@@ -23,9 +23,9 @@ from moai_llm.config import MoaiConfig
 from moai_llm.inference.generate import load_model
 from moai_llm.runtime import MoaiError
 from moai_llm.training import loop
-from moai_llm.training.checkpoint import STATE
 from moai_llm.training.events import read_metrics
 from moai_llm.training.live import duration
+from moai_llm.training.state import STATE
 from tests.training.conftest import MakeRecipe, train
 
 
