@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.optimization import OPTIM_OPTIONS, GroupRule, OptimConfig
 from moai_llm.runtime import MoaiError
-from moai_llm.training import checkpoint
+from moai_llm.training import state
 from moai_llm.training.clipping import Clip
 from moai_llm.training.lion import CHUNK, Lion
 from moai_llm.training.loop import train_step
@@ -79,7 +79,7 @@ def test_control_without_its_states_a_run_does_not_resume(
     broken = make_recipe(*wanted, "eval.every=1", out="broken")
     with pytest.raises(Stop):
         train(broken, hooks=[stop_at(3)], quiet=True)
-    monkeypatch.setattr(checkpoint, "_load_optimizer", lambda *arguments: None)
+    monkeypatch.setattr(state, "_load_optimizer", lambda *arguments: None)
     assert not same(whole, train(broken, resume=True, quiet=True))
 
 
@@ -95,9 +95,9 @@ def test_states_are_found_by_name_not_by_place(name: str) -> None:
         optimizer = make_optimizer(model, config_of(name))
         train_step(model, optimizer, make_precision("fp32", CPU), [batch()], lr=1e-3, clip=Clip(model))
         optimizers.append(optimizer)
-    saved = checkpoint._optimizer_tensors(left, optimizers[0])
-    checkpoint._load_optimizer(saved, right, optimizers[1])
-    again = checkpoint._optimizer_tensors(right, optimizers[1])
+    saved = state.optimizer_tensors(left, optimizers[0])
+    state._load_optimizer(saved, right, optimizers[1])
+    again = state.optimizer_tensors(right, optimizers[1])
     assert saved.keys() == again.keys() and saved and all(torch.equal(saved[key], again[key]) for key in saved)
     train_step(right, optimizers[1], make_precision("fp32", CPU), [batch()], lr=1e-3, clip=Clip(right))
 
@@ -350,7 +350,7 @@ def test_the_states_of_a_checkpoint_stay_plain(make_recipe: MakeRecipe, tmp_path
     from safetensors.torch import load_file
 
     last = train(make_recipe("optim.name=adamw_8bit", "train.steps=2"), quiet=True)
-    saved = load_file(last / checkpoint.STATE / "optimizer.safetensors")
+    saved = load_file(last / state.STATE / "optimizer.safetensors")
     kinds = {key.partition("/")[0] for key in saved}
     assert {"state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2", "step"} <= kinds
     counters = {tensor.dtype for key, tensor in saved.items() if key.startswith("step/")}
