@@ -4,10 +4,10 @@ The public names are imported on first use, so that `import moai_llm` imports ne
 transformers is imported as well, before or after, its Auto classes know our models.
 """
 
+import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
-
-from wrapt import register_post_import_hook
 
 __version__ = "0.1.0"
 
@@ -54,6 +54,34 @@ def __dir__() -> list[str]:
     return sorted(__all__)
 
 
-# AutoConfig learns of our configs as soon as it exists, at once where it is there already; a config, once made, brings
-# its models along. To import these from here would be too early: transformers may be half imported at that moment.
-register_post_import_hook(lambda _: import_module("moai_llm.config"), "transformers.models.auto.configuration_auto")
+_AUTO = "transformers.models.auto.configuration_auto"
+
+
+class _WhenAuto:
+    """Imports our config as soon as AutoConfig exists; a config, once made, brings its models along.
+
+    To import it from here would be too early: transformers may be half imported at that moment. (wrapt has such hooks,
+    but takes most of the time and memory of `import moai_llm`.)
+    """
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != _AUTO:
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_tell(module: Any) -> None:
+            execute(module)
+            import_module("moai_llm.config")
+
+        spec.loader.exec_module = execute_and_tell  # type: ignore[method-assign]
+        return spec
+
+
+if _AUTO in sys.modules:
+    import_module("moai_llm.config")
+else:
+    sys.meta_path.insert(0, _WhenAuto())

@@ -7,13 +7,12 @@ and comes within the package. It takes source code for English, as its peers do,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from moai_llm.data.language_model import language_model
 from moai_llm.data.units import code_points, tables
-from moai_llm.runtime import MoaiError, require
 
 UNKNOWN = "und"  # undetermined, as in ISO 639
 _SAMPLE = 2000  # characters from the beginning and from the middle that are looked at
@@ -86,8 +85,7 @@ def identify(text: str, model: bool = True) -> Language:
         return Language(UNKNOWN, 0.0)
     if not model:
         return Language(UNKNOWN, 0.0)
-    code, probability = _model().classify(text)
-    return Language(str(code), float(probability))
+    return Language(*language_model()(text))
 
 
 def by_script(text: str) -> Language | None:
@@ -109,12 +107,3 @@ def by_script(text: str) -> Language | None:
 
 def _between(codes: np.ndarray, first: int, last: int) -> int:
     return int(((codes >= first) & (codes <= last)).sum())
-
-
-@lru_cache(maxsize=1)
-def _model() -> Any:
-    try:
-        library = require("py3langid.langid", "clean")
-    except MoaiError as error:
-        raise MoaiError(f"{error}; or set `language: script` or `language: en` in the clean.yaml") from None
-    return library.LanguageIdentifier.from_model_file(library.MODEL_FILE, norm_probs=True)

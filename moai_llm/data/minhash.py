@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
-from moai_llm.data.units import _reference_mix, gram_hashes, mix
+from moai_llm.data.units import reference_mix
+from moai_llm.data.units_compiled import gram_hashes, mix
 from moai_llm.runtime import MoaiError
 
 NO_KEY = np.uint64(0xFFFFFFFFFFFFFFFF)  # of a text without a single unit: it is like no other
@@ -43,7 +44,7 @@ class MinHash:
 
     def __init__(self, options: MinHashOptions | None = None) -> None:
         self.options = options = options or MinHashOptions()
-        draw = [_reference_mix((options.seed << 32) + i + 1) for i in range(2 * options.permutations)]
+        draw = [reference_mix((options.seed << 32) + i + 1) for i in range(2 * options.permutations)]
         self._a, self._b = np.array(draw, np.uint64).reshape(2, -1)
 
     def shingles(self, text: str) -> np.ndarray:

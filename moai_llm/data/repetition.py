@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-from moai_llm.data.units import _grams_of, located_units
+from moai_llm.data.units import OF_UNITS, Polynomials, located_units
 
 
 class Repetition(NamedTuple):
@@ -23,20 +22,50 @@ class Repetition(NamedTuple):
 
 
 class Repetitions:
-    """The n-grams of a text; a gram of n words is one of n * `gram` characters where those are the units."""
+    """The n-grams of a text; a gram of n words is one of n * `gram` characters where those are the units.
+
+    Ask for sizes in rising order: only where a shorter n-gram stands twice can a longer one, so little is left to
+    compare.
+    """
 
     def __init__(self, text: str, gram: int = 1) -> None:
-        self._hashes, alone, spans = located_units(text)
+        hashes, alone, spans = located_units(text)
         self._lengths = spans[:, 1] - spans[:, 0]
+        self._before = np.concatenate([[0], np.cumsum(self._lengths)])  # characters before each unit
         self._factor = gram if 2 * int(alone.sum()) > len(alone) else 1
+        self._hashes = Polynomials(hashes, OF_UNITS)
+        self._size, self._starts = 0, np.arange(len(hashes))  # where an n-gram of this size may stand twice
 
     def of(self, n: int) -> Repetition:
         n *= self._factor
-        count = len(self._hashes) - n + 1
-        if count < 2:
+        if n < self._size:
+            self._starts = np.arange(len(self._lengths))
+        starts = self._starts[self._starts + n <= len(self._lengths)]
+        self._size = n
+        if len(starts) < 2:
+            self._starts = starts[:0]
             return Repetition(0.0, 0.0)
-        grams = _grams_of(self._hashes, np.arange(count), n)
-        return Repetition(*_repetition(grams, self._lengths, n))
+        grams = self._hashes(starts, starts + n)
+        order = np.argsort(grams)
+        grams = grams[order]
+        borders = np.flatnonzero(grams[1:] != grams[:-1]) + 1  # equal ones lie together
+        groups = np.concatenate([[0], borders])
+        counts = np.concatenate([borders, [len(grams)]]) - groups
+        several = counts > 1
+        stands_twice = np.empty(len(starts), bool)
+        stands_twice[order] = np.repeat(several, counts)
+        self._starts = starts[stands_twice]
+        if not len(self._starts):
+            return Repetition(0.0, 0.0)
+        first = np.minimum.reduceat(order, groups)[several]
+        stands_twice[first] = False
+        again, first = starts[stands_twice], starts[first]
+        before, total = self._before, int(self._before[-1])
+        top = int((counts[several] * (before[first + n] - before[first])).max())
+        begins = again.copy()  # of what is not covered by the one before it
+        begins[1:] = np.maximum(again[1:], again[:-1] + n)
+        duplicate = int((before[again + n] - before[begins]).sum())
+        return Repetition(min(1.0, top / total), duplicate / total)
 
 
 def reference_repetition(units: Sequence[str], n: int) -> Repetition:
@@ -64,37 +93,3 @@ def duplicate_share(parts: Sequence[str]) -> tuple[float, float]:
             parts_twice, characters = parts_twice + 1, characters + len(part)
         seen.add(part)
     return parts_twice / max(1, len(parts)), characters / max(1, sum(map(len, parts)))
-
-
-@njit(cache=True, nogil=True)
-def _repetition(grams, lengths, n):  # pragma: no cover - compiled
-    size = 4
-    while size < 2 * len(grams):
-        size *= 2
-    mask = np.uint64(size - 1)
-    slots = np.full(size, -1, np.int32)  # hash -> first n-gram with it
-    counts = np.zeros(len(grams), np.int32)
-    total = 0
-    for length in lengths:
-        total += length
-    width = 0
-    for j in range(n):
-        width += lengths[j]
-    top, duplicate, covered = 0, 0, 0  # covered: units before this one are counted
-    for i in range(len(grams)):
-        slot = grams[i] & mask
-        while slots[slot] >= 0 and grams[slots[slot]] != grams[i]:
-            slot = (slot + np.uint64(1)) & mask
-        first = slots[slot]
-        if first < 0:
-            slots[slot] = first = i
-        else:
-            for j in range(max(covered, i), i + n):
-                duplicate += lengths[j]
-            covered = max(covered, i + n)
-        counts[first] += 1
-        if counts[first] > 1:
-            top = max(top, counts[first] * width)
-        if i + n < len(lengths):
-            width += lengths[i + n] - lengths[i]
-    return min(1.0, top / total), duplicate / total

@@ -4,7 +4,8 @@ A unit is a word, or a single character in scripts without spaces between words 
 where endings stick to words. Case, punctuation and full-width forms make no difference. The tables come from Unicode
 3.2, which every Python carries, so the same text gives the same numbers everywhere and for good.
 
-`split_units` and `reference_grams` are the definition; `gram_hashes` does the same in one pass of compiled code.
+`split_units`, `reference_grams` and `reference_hash` are the definition. A hash is a polynomial of the code points (of
+a unit) or of the hashes (of an n-gram), modulo 2^64, so those of all parts of a text come from one running sum.
 """
 
 from __future__ import annotations
@@ -12,10 +13,8 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-from numba import njit
 
 CODE_POINTS = 0x110000
 _BREAK, _WORD, _ALONE = range(3)
@@ -30,6 +29,7 @@ _ALONE_RANGES = (
     (0x20000, 0x3FFFF),
 )  # fmt: skip
 _MASK = (1 << 64) - 1
+OF_CHARACTERS, OF_UNITS = 1099511628211, 0x9E3779B97F4A7C15  # what the polynomials are in; odd, so it has an inverse
 
 
 @lru_cache(maxsize=1)
@@ -61,7 +61,7 @@ def code_points(text: str) -> np.ndarray:
 
 
 def unit_hashes(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """(hash uint64, is it a single character uint8) of each unit."""
+    """(hash uint64, is it a single character bool) of each unit."""
     hashes, alone, _ = located_units(text)
     return hashes, alone
 
@@ -69,10 +69,14 @@ def unit_hashes(text: str) -> tuple[np.ndarray, np.ndarray]:
 def located_units(text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Like `unit_hashes`, with (units, 2) int64: where each begins and ends in the text."""
     codes = code_points(text)
-    hashes, alone = np.empty(len(codes), np.uint64), np.empty(len(codes), np.uint8)
-    spans = np.empty((len(codes), 2), np.int64)
-    n = _units(codes, *tables(), hashes, alone, spans)
-    return hashes[:n], alone[:n], spans[:n]
+    classes, folded = tables()
+    kinds = classes[codes]
+    word, single = kinds == _WORD, kinds == _ALONE
+    in_word = np.concatenate([[False], word, [False]])
+    starts = np.flatnonzero(single | (word & ~in_word[:-2]))
+    ends = np.flatnonzero(single | (word & ~in_word[2:])) + 1
+    hashes = mix(Polynomials(folded[codes], OF_CHARACTERS)(starts, ends))
+    return hashes, single[starts], np.stack([starts, ends], 1)
 
 
 def gram_hashes(text: str, words: int, characters: int, whole: bool = True) -> np.ndarray:
@@ -83,20 +87,59 @@ def gram_hashes(text: str, words: int, characters: int, whole: bool = True) -> n
         whole: a text shorter than an n-gram gives one of all its units; nothing when false.
     """
     hashes, alone = unit_hashes(unicodedata.normalize("NFC", text))
-    grams, n = _all_grams(hashes, alone, words, characters)
-    if not n and whole and len(hashes):
-        return _grams_of(hashes, np.zeros(1, np.int64), len(hashes))
-    return grams[:n]
+    starts, ends = _grams(alone, words, characters)
+    if not len(starts) and whole and len(hashes):
+        starts, ends = np.array([0]), np.array([len(hashes)])
+    return mix(Polynomials(hashes, OF_UNITS)(starts, ends))
 
 
 def located_grams(text: str, words: int, characters: int) -> tuple[np.ndarray, np.ndarray]:
     """(hash of each n-gram uint64, (n-grams, 2) int64 where it begins and ends in the text)."""
     hashes, alone, spans = located_units(text)
-    starts = np.arange(len(hashes))
-    ends = starts + np.where(alone == 1, characters, words)
-    starts = starts[ends <= len(hashes)]
-    grams, n = _all_grams(hashes, alone, words, characters)
-    return grams[:n], np.stack([spans[starts, 0], spans[ends[starts] - 1, 1]], 1)
+    starts, ends = _grams(alone, words, characters)
+    return mix(Polynomials(hashes, OF_UNITS)(starts, ends)), np.stack([spans[starts, 0], spans[ends - 1, 1]], 1)
+
+
+def _grams(alone: np.ndarray, words: int, characters: int) -> tuple[np.ndarray, np.ndarray]:
+    """First unit of each n-gram, and the one after its last."""
+    starts = np.arange(len(alone))
+    ends = starts + np.where(alone, characters, words)
+    fits = ends <= len(alone)
+    return starts[fits], ends[fits]
+
+
+class Polynomials:
+    """Of spans of some values, value[start] base^(n-1) + ... + value[end - 1], modulo 2^64.
+
+    Args:
+        values: (n,) unsigned.
+        base: odd.
+    """
+
+    def __init__(self, values: np.ndarray, base: int) -> None:
+        self._up, down = _powers(base, len(values).bit_length())
+        self._sums = np.zeros(len(values) + 1, np.uint64)
+        np.cumsum(values * down[: len(values)], dtype=np.uint64, out=self._sums[1:])
+
+    def __call__(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """(spans,) uint64, of spans with start < end."""
+        return (self._sums[ends] - self._sums[starts]) * self._up[ends - 1]
+
+
+@lru_cache(maxsize=64)
+def _powers(base: int, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """base^k and base^-k modulo 2^64, for all k below 2^bits."""
+    several = np.ones((2, 1 << bits), np.uint64)
+    several[:, 1:] = np.array([[base], [pow(base, -1, 1 << 64)]], np.uint64)
+    up, down = np.cumprod(several, 1, dtype=np.uint64)
+    return up, down
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def split_units(text: str) -> list[str]:
@@ -131,68 +174,15 @@ def reference_hash(gram: Sequence[str]) -> int:
     """The number of an n-gram, in plain Python."""
     total = 0
     for unit in gram:
-        h = 14695981039346656037
+        h = 0
         for character in unit:
-            h = ((h ^ ord(character)) * 1099511628211) & _MASK
-        total = (total * 0x9E3779B97F4A7C15 + _reference_mix(h)) & _MASK
-    return _reference_mix(total)
+            h = (h * OF_CHARACTERS + ord(character)) & _MASK
+        total = (total * OF_UNITS + reference_mix(h)) & _MASK
+    return reference_mix(total)
 
 
-def _reference_mix(x: int) -> int:
-    """The finaliser of splitmix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+def reference_mix(x: int) -> int:
+    """`mix` of one number."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
-
-
-@njit(cache=True, nogil=True)
-def mix(x: Any) -> Any:  # pragma: no cover - compiled
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@njit(cache=True, nogil=True)
-def _units(codes, classes, folded, hashes, alone, spans):  # pragma: no cover
-    n, i, size = 0, 0, len(codes)
-    while i < size:
-        kind = classes[codes[i]]
-        if kind == 0:
-            i += 1
-            continue
-        h, start = np.uint64(14695981039346656037), i
-        while True:
-            h = (h ^ np.uint64(folded[codes[i]])) * np.uint64(1099511628211)
-            i += 1
-            if kind == 2 or i == size or classes[codes[i]] != 1:
-                break
-        hashes[n], alone[n] = mix(h), 1 if kind == 2 else 0
-        spans[n, 0], spans[n, 1] = start, i
-        n += 1
-    return n
-
-
-@njit(cache=True, nogil=True)
-def _all_grams(hashes, alone, words, characters):  # pragma: no cover
-    grams, n = np.empty(len(hashes), np.uint64), 0
-    for i in range(len(hashes)):
-        length = characters if alone[i] else words
-        if i + length <= len(hashes):
-            total = np.uint64(0)
-            for j in range(i, i + length):
-                total = total * np.uint64(0x9E3779B97F4A7C15) + hashes[j]
-            grams[n] = mix(total)
-            n += 1
-    return grams, n
-
-
-@njit(cache=True, nogil=True)
-def _grams_of(hashes, starts, length):  # pragma: no cover
-    """The n-grams of one length that begin at these units."""
-    grams = np.empty(len(starts), np.uint64)
-    for k in range(len(starts)):
-        total = np.uint64(0)
-        for j in range(starts[k], starts[k] + length):
-            total = total * np.uint64(0x9E3779B97F4A7C15) + hashes[j]
-        grams[k] = mix(total)
-    return grams

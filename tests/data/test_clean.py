@@ -14,6 +14,7 @@ import pytest
 from moai_llm.data.clean import CleanConfig, Cleaner, Drop, broken_share, clean, config_from_tree, is_code, load_config
 from moai_llm.data.documents import Document, read_documents
 from moai_llm.data.language import by_script, identify
+from moai_llm.data.language_model import TEXTS, language_model
 from moai_llm.data.quality import BREAKS, Rules, broken_rule
 from moai_llm.data.repetition import Repetition, Repetitions, duplicate_share, reference_repetition
 from moai_llm.data.sources import Reading
@@ -223,16 +224,24 @@ def test_languages_by_the_library() -> None:
     assert sure(GOOD["en"]).rule == "keep_languages"  # type: ignore[union-attr]
 
 
+def test_the_mapped_model_says_what_the_library_says() -> None:
+    """Also after the pages it touched were given back."""
+    library = pytest.importorskip("py3langid.langid")
+    theirs = library.LanguageIdentifier.from_model_file(library.MODEL_FILE, norm_probs=True)
+    ours, texts = language_model(), ["", "7", "Une route étroite serpente entre des jardins.", *GOOD.values()]
+    for _ in range(TEXTS):
+        for text in texts:
+            assert ours(text) == theirs.classify(text)
+
+
 def test_without_the_library_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
-    from moai_llm.data import language
-
-    language._model.cache_clear()
+    language_model.cache_clear()
     monkeypatch.setitem(sys.modules, "py3langid.langid", None)
     with pytest.raises(MoaiError, match=r"moai-llm\[clean\].*language: script"):
         Cleaner()
-    language._model.cache_clear()
+    language_model.cache_clear()
     assert Cleaner(CleanConfig(language="script"))(GOOD["en"]) == GOOD["en"]
 
 

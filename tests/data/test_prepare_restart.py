@@ -343,11 +343,12 @@ def test_killed_thirty_times_at_random(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_input(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--clean", "default"]])
+def test_memory_does_not_grow_with_the_input(tmp_path: Path, options: list[str]) -> None:
     tokenizer = tokenizer_for("chatml").save(tmp_path / "tokenizer")
     peaks = {}
     for megabytes in (20, 120):
-        process = start(tokenizer, large(tmp_path / "a.jsonl", megabytes), tmp_path, "--overwrite")
+        process = start(tokenizer, large(tmp_path / "a.jsonl", megabytes), tmp_path, "--overwrite", *options)
         parent, peak = psutil.Process(process.pid), [0, 0]
         while process.poll() is None:
             try:
