@@ -50,6 +50,9 @@ def add_adapters(model: MoaiForCausalLM, config: LoraConfig, base: str | None = 
     model.requires_grad_(False)
     settings.base_model_name_or_path = base
     peft.inject_adapter_in_model(settings, model)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.cast_input_dtype_enabled = False  # autocast casts once for all readers
 
 
 def has_adapters(model: nn.Module) -> bool:
