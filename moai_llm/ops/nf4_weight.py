@@ -25,7 +25,7 @@ class NF4Weight(Tensor):
 
     @staticmethod
     def __new__(cls, packed: Packed, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> NF4Weight:
-        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.codes.device)  # type: ignore[attr-defined]
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=packed.codes.device)
 
     def __init__(self, packed: Packed, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> None:
         self.packed = packed
@@ -46,7 +46,7 @@ class NF4Weight(Tensor):
         first = index % self.shape[0] * (size // BLOCK)
         return unpack(self.packed.blocks(first, first + size // BLOCK), self.shape[1:], self.dtype)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"NF4Weight({tuple(self.shape)}, {self.dtype}, {self.packed.nbytes} bytes)"
 
     @classmethod
@@ -62,7 +62,7 @@ class NF4Weight(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs, weight = kwargs or {}, args[0]
         if isinstance(weight, cls):
             if func in (aten.detach.default, aten.alias.default):

@@ -100,7 +100,9 @@ def moments(step: Step) -> Iterator[Memory]:
         during, after = loss_bytes(step.vocab_size, h, s, frozen=step.frozen)
         yield at(live + cached + s.size * h * tokens, done, during)
         loss = after
-        if not step.tied and not step.frozen:  # the head's gradient is one of the gradients at once; a tied one waits for the embedding's
+        if (
+            not step.tied and not step.frozen
+        ):  # the head's gradient is one of the gradients at once; a tied one waits for the embedding's
             loss -= 4.0 * step.vocab_size * h
             done = full if step.accumulates else 4.0 * step.vocab_size * h
         yield at(live + step.norm.extra + 4 * h * tokens, done, loss)
@@ -191,7 +193,7 @@ def _frozen(brick: Brick, s: Setting, matrices: list[Matrix]) -> Brick:
     unpacked = 0.0
     for m in matrices:
         if m.count > 1 and m.name in adapters.names:  # the gradient of the sum, from which that of the adapter follows
-            unpacked = max(unpacked, (s.size + 4.0) * m.size)
+            unpacked = max(unpacked, (6.0 if s.half else 4.0) * m.size)
         elif adapters.packed(m):
             unpacked = max(unpacked, float(s.size * m.size))
     weights = brick.weights - packed * (4 - adapters.bits / 8) + 4.0 * trained

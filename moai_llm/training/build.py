@@ -60,8 +60,8 @@ def build_model(
 
 
 def prepare_model(model: MoaiForCausalLM, recipe: Recipe, device: torch.device) -> MoaiForCausalLM:
-    """Give a model the recipe's loss, fp32 weights (below adapters 4 bits) on the device, adapters, recomputation and compilation; ready to
-    train.
+    """Give a model the recipe's loss, fp32 weights (below adapters perhaps 4 bits) on the device, adapters,
+    recomputation and compilation; ready to train.
 
     Raises:
         MoaiError: rows that are longer than the model's learned positions.

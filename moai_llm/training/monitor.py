@@ -22,7 +22,7 @@ from moai_llm.config import MoaiConfig
 from moai_llm.planning.hardware import GIB, find_device
 from moai_llm.recipe import Recipe
 from moai_llm.training import environment
-from moai_llm.training.events import Events
+from moai_llm.training.events import Events, read_metrics
 from moai_llm.training.live import LiveView, duration
 from moai_llm.training.precision import Precision
 from moai_llm.training.sinks import Sinks
@@ -61,6 +61,9 @@ class Monitor:
         self.console = console or Console(quiet=quiet, stderr=False, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not quiet
         self._events, self._sinks = Events(out, start), sinks
+        # the sessions before took so long; of one that was killed, up to the row that it is resumed from
+        spent = max((row.get("seconds", 0.0) for row in read_metrics(out / "metrics.jsonl")), default=0.0)
+        self._began = time.perf_counter() - spent
         self._flops, self._peak, self._device = flops, peak, device or torch.device("cpu")
         self._every_load, self._last_load = max(1, total // LOADS), start
         self.view = LiveView(title, total, start)
@@ -98,6 +101,7 @@ class Monitor:
             if self._flops and self._peak:
                 row["mfu"] = row["tokens_per_second"] * self._flops / self._peak
             row["memory_mb"] = round(self._memory() / 1e6, 1)
+            row["seconds"] = round(time.perf_counter() - self._began, 2)
         if load and (step // self._every_load > self._last_load // self._every_load or step in (1, self.total)):
             row["expert_load"], self._last_load = load, step
         self._events.write(row)

@@ -34,7 +34,7 @@ class Part(NamedTuple):
 
 @torch.no_grad()
 def quantize(model: nn.Module, device: torch.device, *, double: bool) -> None:
-    """Put the matrices of a model into 4 bits on a device, one after the other: the whole model is never there in fp32."""
+    """Put the matrices of a model into 4 bits on a device, one after the other: all of it is never there in fp32."""
     for module, name in list(_matrices(model)):
         weight = getattr(module, name).to(device=device, dtype=torch.float32)
         setattr(module, name, nn.Parameter(NF4Weight.of(weight, double=double), requires_grad=False))
