@@ -69,8 +69,8 @@ def run(quick: bool = False) -> list[Table]:
         candidates["Trainer, defaults"] = lambda c, n: theirs(work, c, n)
         timings = interleave(candidates, rounds, steps)
     title = f"Qwen3, 12.6M parameters, vocabulary 8k, {ROWS} x {LENGTH} tokens a step in two micro-batches, "
-    table = Table(title + f"rows of {documents:.1f} documents",
-                  ("loop", "tokens/s", "ms (wall)", "ms (CPU)", "CPU time, moai train in this precision = 1"))  # fmt: skip
+    columns = ("loop", "tokens/s", "ms (wall)", "ms (CPU)", "CPU time, moai train in this precision = 1")
+    table = Table(title + f"rows of {documents:.1f} documents", columns)
     for name, t in timings.items():
         mine = timings[f"moai train, {name.split(', ')[1]}"]
         table.add(name, ROWS * LENGTH / t.wall, t.wall * 1e3, t.cpu * 1e3, t.cpu / mine.cpu)

@@ -1,7 +1,7 @@
 """A frozen weight that lies in memory in 4 bits and is read as the tensor it stands for.
 
-Wherever torch reads it, it is unpacked for that moment. Autograd keeps it as it lies, so that no unpacked copy waits for
-the backward; `F.linear`, which would keep a transposed one, has an autograd function here.
+Wherever torch reads it, it is unpacked for that moment. Autograd keeps it as it lies, so that no unpacked copy waits
+for the backward; `F.linear`, which would keep a transposed one, has an autograd function here.
 """
 
 from __future__ import annotations
