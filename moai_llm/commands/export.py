@@ -1,5 +1,5 @@
-"""Write a model for others: a directory of transformers' own class, as it is or with its matrices packed, or a GGUF file
-for llama.cpp and Ollama.
+"""Write a model for others: a directory of transformers' own class, as it is or with its matrices packed, or a GGUF
+file for llama.cpp and Ollama.
 
 moai export runs/chat --format hf --out exported/chat
 moai export runs/chat --format gguf --dtype q8_0 --out exported/chat-gguf
@@ -30,7 +30,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model directory or a run (its newest checkpoint); with --list also a preset")
     parser.add_argument(
         "--format", choices=("hf", "gguf", "compressed-tensors"),
-        help="hf: a directory for transformers; gguf: for llama.cpp; compressed-tensors: for transformers and vLLM, packed",
+        help="hf: for transformers; gguf: for llama.cpp; compressed-tensors: packed, for transformers and vLLM",
     )  # fmt: skip
     parser.add_argument(
         "--out", help="what to write: a directory, or with --format gguf a name that ends in .gguf for the file alone"

@@ -63,8 +63,8 @@ def export_compressed(
         group: weights of a row that share a scale. Matrices whose rows are no multiple of it stay in bf16.
 
     Raises:
-        MoaiError: no class computes this model, or it has experts; no matrix can be rounded so; `out` is not free; what was written is
-            not the model, and then nothing is kept.
+        MoaiError: no class computes this model, or it has experts; no matrix can be rounded so; `out` is not free; what
+            was written is not the model, and then nothing is kept.
     """
     path, out = resolve_model(path), Path(out)
     require_free(out, path, overwrite)

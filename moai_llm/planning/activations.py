@@ -163,7 +163,7 @@ def _with_weights(s: Setting, kept: float, extra: float, matrices: list[Matrix])
     for m in matrices:
         if m.name not in s.adapters.names:
             casts += 2.0 * m.size * (s.half and not s.adapters.packed(m))
-        elif m.count > 1:  # the sum of weight and adapter is kept
+        elif m.experts > 1:  # the sum of weight and adapter is kept
             casts += s.size * m.size
         else:
             kept += s.size * s.adapters.rank * s.tokens

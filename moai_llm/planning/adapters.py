@@ -20,11 +20,11 @@ class Matrix(NamedTuple):
     name: str
     inputs: int
     outputs: int
-    count: int = 1  # experts
+    experts: int = 1
 
     @property
     def size(self) -> int:
-        return self.inputs * self.outputs * self.count
+        return self.inputs * self.outputs * self.experts
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Adapters:
     bits: float  # of a weight that lies in 4 bits; 32 where none does
 
     def parameters(self, matrices: list[Matrix]) -> int:
-        return sum(self.rank * m.count * (m.inputs + m.outputs) for m in matrices if m.name in self.names)
+        return sum(self.rank * m.experts * (m.inputs + m.outputs) for m in matrices if m.name in self.names)
 
     def packed(self, matrix: Matrix) -> bool:
         return self.bits < 32 and matrix.name.rpartition(".")[2] not in NF4_KEPT
@@ -51,7 +51,7 @@ def of_layer(config: LoraConfig, a: Architecture, layer: int) -> Adapters | None
     for matrix in [*mixer_matrices(a, a.layer_types[layer]), *mlp_matrices(a, a.mlp_layer_types[layer])]:
         full = f"model.layers.{layer}.{matrix.name}"
         linear = config.targets == "all-linear" or any(re.search(pattern, full) for pattern in config.targets)
-        if config.experts if matrix.count > 1 else linear:
+        if config.experts if matrix.experts > 1 else linear:
             names.add(matrix.name)
     return Adapters(config.rank, frozenset(names), BITS[config.double_quant] if config.quantize else 32.0)
 
@@ -96,8 +96,8 @@ def frozen_flops(config: LoraConfig, a: Architecture) -> float:
     saved = 2.0 * a.vocab_size * a.hidden_size
     for adapters, matrices in _layers(config, a):
         for m in matrices:
-            used = a.num_experts_per_tok if m.count > 1 else 1
-            whole = m.count > 1 and m.name in adapters.names  # the gradient of the weight is made, and from it theirs
+            used = a.num_experts_per_tok if m.experts > 1 else 1
+            whole = m.experts > 1 and m.name in adapters.names  # the gradient of the weight is made, and from it theirs
             saved += 0 if whole else 2.0 * used * m.inputs * m.outputs
             if m.name in adapters.names:
                 saved -= 3 * 2.0 * used * adapters.rank * (m.inputs + m.outputs)

@@ -187,12 +187,12 @@ def _frozen(brick: Brick, s: Setting, matrices: list[Matrix]) -> Brick:
     adapters = s.adapters
     assert adapters is not None
     trained = adapters.parameters(matrices)
-    largest = max((adapters.rank * m.count * max(m.inputs, m.outputs) for m in matrices if m.name in adapters.names),
+    largest = max((adapters.rank * m.experts * max(m.inputs, m.outputs) for m in matrices if m.name in adapters.names),
                   default=0)  # fmt: skip
     packed = sum(m.size for m in matrices if adapters.packed(m))
     unpacked = 0.0
     for m in matrices:
-        if m.count > 1 and m.name in adapters.names:  # the gradient of the sum, from which that of the adapter follows
+        if m.experts > 1 and m.name in adapters.names:  # the gradient of the sum, then that of the adapter
             unpacked = max(unpacked, (6.0 if s.half else 4.0) * m.size)
         elif adapters.packed(m):
             unpacked = max(unpacked, float(s.size * m.size))

@@ -51,8 +51,8 @@ def add_adapters(model: MoaiForCausalLM, config: LoraConfig, base: str | None = 
     settings.base_model_name_or_path = base
     peft.inject_adapter_in_model(settings, model)
     for module in model.modules():
-        if hasattr(module, "lora_A"):
-            module.cast_input_dtype_enabled = False  # autocast casts once for all readers
+        if hasattr(module, "lora_A"):  # autocast casts once for all readers
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
 
 
 def has_adapters(model: nn.Module) -> bool:
