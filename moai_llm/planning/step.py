@@ -100,9 +100,8 @@ def moments(step: Step) -> Iterator[Memory]:
         during, after = loss_bytes(step.vocab_size, h, s, frozen=step.frozen)
         yield at(live + cached + s.size * h * tokens, done, during)
         loss = after
-        if (
-            not step.tied and not step.frozen
-        ):  # the head's gradient is one of the gradients at once; a tied one waits for the embedding's
+        # the head's gradient is one of the gradients at once; a tied one waits for the embedding's
+        if not step.tied and not step.frozen:
             loss -= 4.0 * step.vocab_size * h
             done = full if step.accumulates else 4.0 * step.vocab_size * h
         yield at(live + step.norm.extra + 4 * h * tokens, done, loss)

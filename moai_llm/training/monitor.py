@@ -19,6 +19,8 @@ from torch import Tensor
 
 from moai_llm.architecture import Architecture
 from moai_llm.config import MoaiConfig
+from moai_llm.optimization import LoraConfig
+from moai_llm.planning.adapters import frozen_flops
 from moai_llm.planning.hardware import GIB, find_device
 from moai_llm.recipe import Recipe
 from moai_llm.training import environment
@@ -86,7 +88,7 @@ class Monitor:
         run_id = environment.record(out, device, start)
         return cls(
             out, total, start, title=title, quiet=quiet, sinks=Sinks(recipe, run_id, start),
-            flops=work(config, recipe.data.seq_len), peak=peak(precision), device=device,
+            flops=work(config, recipe.data.seq_len, recipe.lora), peak=peak(precision), device=device,
         )  # fmt: skip
 
     def log(self, step: int, expert_load: Tensor | None = None, /, **numbers: Any) -> None:
@@ -164,10 +166,11 @@ class Monitor:
             self._sinks.close()
 
 
-def work(config: Architecture, seq_len: int) -> float | None:
+def work(config: Architecture, seq_len: int, lora: LoraConfig | None = None) -> float | None:
     """Operations of a training step per token, recomputed ones not counted; None where a brick is not known here."""
     try:
-        return 3 * config.flops(seq_len)["total"]
+        left_out = frozen_flops(lora, config) if lora is not None and lora.rank else 0.0
+        return 3 * config.flops(seq_len)["total"] - left_out
     except ValueError:  # a brick from outside the package
         return None
 
