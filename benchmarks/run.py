@@ -13,6 +13,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 BENCHMARKS = {
     "scan": "selective scan against the loop, mambapy and transformers",
     "training_step": "a training step against transformers and litgpt",
+    "trainer": "the whole loop of moai train against transformers' Trainer: tokens/s",
     "linear_cross_entropy": "losses from hidden states against all logits at once: memory and time",
     "memory": "memory of a training step: planned, held at once, resident",
     "packing": "attention over packed documents: split against mask",

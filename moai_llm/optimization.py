@@ -22,6 +22,9 @@ OPTIM_OPTIONS: dict[str, dict[str, Any]] = {
     "lion": {"betas": (0.9, 0.99)},
     "sgd": {"momentum": 0.9},
 }
+# linear layers that stay as they are where the others are in 4 bits: a loss reads the weights of the output layer, and
+# the recurrence of Mamba takes its step sizes from the other two
+NF4_KEPT = ("lm_head", "x_proj", "dt_proj")
 
 
 @dataclass(kw_only=True)
@@ -120,11 +123,20 @@ class LoraConfig:
     targets: Literal["all-linear"] | list[str] = "all-linear"
     #: adapters on the stacked weights of experts, too
     experts: bool = False
+    #: keep the frozen matrices in 4 bits, nf4 (QLoRA, arXiv 2305.14314); null: in fp32
+    quantize: Literal["nf4"] | None = None
+    #: the scales of those in bytes, too
+    double_quant: bool = True
 
     def check(self) -> None:
         """Raises ValueError, beginning with the key, for what does nothing or cannot be."""
         if not self.rank and self != LoraConfig():
-            raise ValueError("rank=0 is off, so the other keys of lora do nothing: set lora.rank, 16 for example")
+            raise ValueError(
+                "rank=0 is off, so the other keys of lora do nothing: set lora.rank, 16 for example"
+                + (". Weights in 4 bits cannot be trained, only adapters on them" if self.quantize else "")
+            )
+        if not self.double_quant and self.quantize is None:
+            raise ValueError("double_quant=false does nothing without lora.quantize: set lora.quantize=nf4")
         if self.targets == [] and not self.experts:
             raise ValueError("targets is empty: name linear layers, or set lora.experts=true")
         if self.experts and self.dropout:

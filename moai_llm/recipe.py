@@ -358,6 +358,9 @@ def _check(recipe: Recipe, source: str) -> None:
     if recipe.lora.experts and recipe.train.compile:
         raise MoaiError(f"{source}: lora.experts changes weights inside each forward, which train.compile=true cannot "
                         "follow: leave one of them out")  # fmt: skip
+    if recipe.lora.quantize and recipe.train.compile:
+        raise MoaiError(f"{source}: lora.quantize={recipe.lora.quantize} unpacks weights in a way that "
+                        "train.compile=true cannot follow: leave one of them out")  # fmt: skip
     if recipe.schedule.name == "plateau" and not recipe.eval.every:
         raise MoaiError(
             f"{source}: schedule.name=plateau follows the evaluations: set eval.every, and data.valid to evaluate on"

@@ -1,7 +1,9 @@
-"""Write a model for others: a directory of transformers' own class, or a GGUF file for llama.cpp and Ollama.
+"""Write a model for others: a directory of transformers' own class, as it is or with its matrices packed, or a GGUF
+file for llama.cpp and Ollama.
 
 moai export runs/chat --format hf --out exported/chat
 moai export runs/chat --format gguf --dtype q8_0 --out exported/chat-gguf
+moai export runs/chat --format compressed-tensors --dtype int4 --out exported/chat-int4
 moai export runs/chat --list
 """
 
@@ -27,14 +29,16 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model directory or a run (its newest checkpoint); with --list also a preset")
     parser.add_argument(
-        "--format", choices=("hf", "gguf"), help="hf: a directory for transformers; gguf: for llama.cpp"
-    )
+        "--format", choices=("hf", "gguf", "compressed-tensors"),
+        help="hf: for transformers; gguf: for llama.cpp; compressed-tensors: packed, for transformers and vLLM",
+    )  # fmt: skip
     parser.add_argument(
         "--out", help="what to write: a directory, or with --format gguf a name that ends in .gguf for the file alone"
     )
     parser.add_argument(
-        "--dtype", choices=("fp32", "fp16", "bf16", "q8_0", "q4_0"), default="fp32",
-        help="of the weights: hf takes fp32 (default) and bf16, gguf all",
+        "--dtype", choices=("fp32", "fp16", "bf16", "q8_0", "q4_0", "int8", "int4"),
+        help="of the weights: hf takes fp32 (default) and bf16, gguf those and fp16, q8_0 and q4_0, compressed-tensors "
+        "int4 (default) and int8",
     )  # fmt: skip
     parser.add_argument(
         "--as", dest="target", metavar="NAME",
@@ -42,6 +46,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--split", metavar="NAME", help="gguf: llama.cpp's rule to split text by; the closest one by default"
+    )
+    parser.add_argument(
+        "--group-size", type=int, metavar="N", help="compressed-tensors: weights that share a scale (default 128)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an export that is in --out")
     parser.add_argument(
@@ -55,22 +62,32 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(refusal_table(_config(arguments.model)))
         return
     if not arguments.format or not arguments.out:
-        raise MoaiError("give --format hf or --format gguf, and --out; --list shows what this model can be written as")
-    if arguments.format == "hf" and arguments.split:
+        raise MoaiError(
+            "give --format hf, gguf or compressed-tensors, and --out; --list shows what this model can be written as"
+        )
+    if arguments.group_size is not None and arguments.format != "compressed-tensors":
+        raise MoaiError("--group-size belongs to --format compressed-tensors: leave it out")
+    if arguments.format != "gguf" and arguments.split:
         raise MoaiError("--split belongs to --format gguf: transformers reads how text is split in tokenizer.json")
     with stages(console) as progress:
-        common = {"dtype": arguments.dtype, "overwrite": arguments.overwrite, "progress": progress}
+        dtype = arguments.dtype or ("int4" if arguments.format == "compressed-tensors" else "fp32")
+        common = {"dtype": dtype, "overwrite": arguments.overwrite, "progress": progress}
         if arguments.format == "hf":
             from moai_llm.export.native import export_native
 
             made = export_native(arguments.model, arguments.out, family=arguments.target, **common)
+        elif arguments.format == "compressed-tensors":
+            from moai_llm.export.compressed import export_compressed
+
+            group = arguments.group_size or 128
+            made = export_compressed(arguments.model, arguments.out, family=arguments.target, group=group, **common)
         else:
             from moai_llm.export.gguf import export_gguf
 
             made = export_gguf(
                 arguments.model, arguments.out, architecture=arguments.target, split=arguments.split, **common
             )
-    _report(console, made, arguments.dtype)
+    _report(console, made, dtype)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from moai_llm import recipe as recipes
+from moai_llm.planning.adapters import BITS, count
 from moai_llm.planning.hardware import GIB, Hardware, parse_hardware
 from moai_llm.planning.plan import MFU, RESERVE, Options, Plan, make_plan
 from moai_llm.planning.scenarios import SCENARIOS, Scenario
@@ -128,7 +129,7 @@ def _show(console: Console, name: str, plan: Plan) -> None:
     shares = [f"{part.replace('_', ' ')} {plan.flops[part] / total:.0%}" for part in parts if plan.flops[part]]
     console.print(f"             {', '.join(shares)}")
     if plan.recipe.lora.rank:
-        console.print("LoRA         not counted: gradients and states below are those of a run that trains all weights")
+        console.print(f"LoRA         {_adapters(plan.recipe)}")
     if plan.recomputed:
         console.print(f"             and {_big(plan.recomputed)} to recompute activations")
     console.print()
@@ -143,6 +144,12 @@ def _show(console: Console, name: str, plan: Plan) -> None:
     )
     for note in plan.notes:
         console.print(f"[dim]{note}[/dim]")
+
+
+def _adapters(recipe: Recipe) -> str:
+    trained, form = count(recipe.lora, recipe.model), recipe.lora.quantize
+    below = f"the matrices below in {BITS[recipe.lora.double_quant]:.2f} bits ({form})" if form else "fp32 below"
+    return f"{trained:,} parameters in adapters of rank {recipe.lora.rank} are trained, {below}"
 
 
 def _show_layouts(console: Console, plan: Plan) -> None:

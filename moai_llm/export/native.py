@@ -57,7 +57,7 @@ def export_native(
         progress("writing", 0, 1)
         native: Any = to_native(source.model, name)
         added = native.config.num_hidden_layers > layers
-        _describe(native, tokenizer)
+        describe(native, tokenizer)
         del source.model  # from here on there is one model in memory
         _save(native, place, DTYPES[dtype])
         del native
@@ -68,7 +68,7 @@ def export_native(
         heard = answers(again, source.asked, lambda done: progress("asking what was written", done, len(said)))
         found = difference(said, heard, source.asked)
         notes = require_equal(found, f"the {target} that was written", experts)
-        compared = _compare_tokenizer(place, tokenizer)
+        compared = compare_tokenizer(place, tokenizer)
         size = sum(file.stat().st_size for file in place.iterdir())
     if added:
         notes.append("one attention layer of zeros is added: it changes nothing, and that class does not run without")
@@ -92,7 +92,7 @@ def _save(native: Any, place: Path, dtype: torch.dtype) -> None:
     native.save_pretrained(place, max_shard_size="5GB")
 
 
-def _describe(native: Any, tokenizer: Tokenizer) -> None:
+def describe(native: Any, tokenizer: Tokenizer) -> None:
     """The tokens by which transformers begins, pads and stops."""
     roles = {name: tokenizer.special_ids.get(tokenizer.roles.get(name, "")) for name in ("bos_token", "pad_token")}
     ids = {"bos_token_id": roles["bos_token"], "pad_token_id": roles["pad_token"], "eos_token_id": tokenizer.eos_id}
@@ -101,7 +101,7 @@ def _describe(native: Any, tokenizer: Tokenizer) -> None:
     native.generation_config = transformers.GenerationConfig(**{**ids, "eos_token_id": tokenizer.stop_ids})
 
 
-def _compare_tokenizer(place: Path, tokenizer: Tokenizer) -> tuple[int, int]:
+def compare_tokenizer(place: Path, tokenizer: Tokenizer) -> tuple[int, int]:
     texts = [text for documents in sample_texts().values() for text in documents]
     theirs = transformers.AutoTokenizer.from_pretrained(place)
     ours = tokenizer.encode_batch(texts)

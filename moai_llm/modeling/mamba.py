@@ -16,6 +16,7 @@ from moai_llm.config import MoaiConfig
 from moai_llm.modeling.linear import Linear
 from moai_llm.modeling.normalization import RMSNorm
 from moai_llm.ops.causal_conv1d import causal_conv1d, conv_tail
+from moai_llm.ops.linear import is_plain
 from moai_llm.ops.mamba_step import StepWeights, mamba_step
 from moai_llm.ops.selective_scan import selective_scan
 
@@ -109,11 +110,11 @@ class Mamba(nn.Module):
         return self.out_proj(y * F.silu(z))
 
     def _plain(self) -> bool:
-        """Whether the projections are their weights. What wraps one, an adapter for example, computes more than the op
-        for one position, which reads the weights, would see.
+        """Whether the projections are their weights, and these lie in memory as they are. What wraps one, an adapter
+        for example, computes more than the op for one position, which reads the weights, would see.
         """
         projections = (self.in_proj_x, self.in_proj_z, self.x_proj, self.dt_proj, self.out_proj)
-        return all(type(projection) is Linear for projection in projections)
+        return all(type(projection) is Linear and is_plain(projection.weight) for projection in projections)
 
     def _step_weights(self) -> StepWeights:
         dt_norm, B_norm, C_norm = (getattr(norm, "weight", None) for norm in (self.dt_norm, self.B_norm, self.C_norm))

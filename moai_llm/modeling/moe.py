@@ -17,6 +17,8 @@ from transformers.activations import ACT2FN
 from moai_llm.config import MoaiConfig
 from moai_llm.ops.moe import Experts, counter_normal, experts_forward, top_k
 
+EXPERT_WEIGHTS = ("up_proj", "down_proj")  # the stacked matrices of a layer, by name
+
 
 class RouterSums(NamedTuple):
     """Sums over the counted tokens of one layer, fp32. Sums, so that micro-batches and ranks simply add."""

@@ -25,6 +25,7 @@ MODULES = (
     "linear",
     "mamba_step",
     "moe",
+    "nf4",
     "norm",
     "selective_scan",
 )  # each defines its ops

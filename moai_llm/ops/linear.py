@@ -25,9 +25,14 @@ def _few_plain_rows(x: Tensor, weight: Tensor) -> bool:
         and x.numel() <= FEW_ROWS * x.shape[-1]
         and x.dtype in DTYPES
         and x.dtype is weight.dtype
-        and type(weight) in (Tensor, torch.nn.Parameter)  # a subclass (quantized, distributed) knows its own product
+        and is_plain(weight)
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+def is_plain(weight: Tensor) -> bool:
+    """Whether a kernel may read it from memory: a subclass (quantized, distributed) knows its own product."""
+    return type(weight) in (Tensor, torch.nn.Parameter)
 
 
 _linear = define(

@@ -210,23 +210,40 @@ def _(rows, weight, ends):
     return rows.new_empty(rows.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("moai::grouped_mm_backward", mutates_args=())
-def _grouped_mm_backward(grad: Tensor, rows: Tensor, weight: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
-    grad = grad.contiguous()  # the kernel refuses expanded gradients
-    return F.grouped_mm(grad, weight, offs=ends), F.grouped_mm(grad.t(), rows, offs=ends)
+@torch.library.custom_op("moai::grouped_mm_of_rows", mutates_args=())
+def _gradient_of_rows(grad: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(grad.contiguous(), weight, offs=ends)  # the kernel refuses expanded gradients
 
 
-@_grouped_mm_backward.register_fake
-def _(grad, rows, weight, ends):
-    return torch.empty_like(rows), torch.empty_like(weight)
+@_gradient_of_rows.register_fake
+def _(grad, weight, ends):
+    return grad.new_empty(grad.shape[0], weight.shape[2])
+
+
+@torch.library.custom_op("moai::grouped_mm_of_weight", mutates_args=())
+def _gradient_of_weight(grad: Tensor, rows: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(grad.contiguous().t(), rows, offs=ends)
+
+
+@_gradient_of_weight.register_fake
+def _(grad, rows, ends):
+    return grad.new_empty(ends.shape[0], grad.shape[1], rows.shape[1])
 
 
 def _grouped_mm_save(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
+    """A frozen weight needs no rows for its gradient."""
+    rows, weight, ends = inputs
+    ctx.save_for_backward(rows if ctx.needs_input_grad[1] else None, weight, ends)
 
 
 def _grouped_mm_gradients(ctx, grad):
-    return (*_grouped_mm_backward(grad, *ctx.saved_tensors), None)
+    rows, weight, ends = ctx.saved_tensors
+    of_rows, of_weight, _ = ctx.needs_input_grad
+    return (
+        _gradient_of_rows(grad, weight, ends) if of_rows else None,
+        _gradient_of_weight(grad, rows, ends) if of_weight else None,
+        None,
+    )
 
 
 grouped_mm.register_autograd(_grouped_mm_gradients, setup_context=_grouped_mm_save)

@@ -72,7 +72,7 @@ def stage(recipe: Recipe, layout: Layout, s: Setting, accumulation: int, number:
     """What a device of pipeline stage `number` does."""
     a, whole = _shard(recipe.model, layout), recipe.model
     first, last = number == 0, number == layout.pipeline - 1
-    every = bricks(a, s)
+    every = bricks(a, s, recipe.lora)
     per_stage = -(-len(every) // layout.pipeline)
     layers = every[number * per_stage : (number + 1) * per_stage]
     vocab = -(-whole.vocab_size // layout.tensor)
@@ -83,6 +83,10 @@ def stage(recipe: Recipe, layout: Layout, s: Setting, accumulation: int, number:
     embeds_here = embeds if first else 0
     head_here = (head if last and not tied else 0) + (whole.brick_parameters()["norm"] if last else 0)
     matrices = sum(brick.parameters for layer in layers for brick in layer)
+    weights = sum(brick.weights for layer in layers for brick in layer) + 4.0 * (embeds_here + head_here)
+    outside = embeds + head_here
+    if recipe.lora.rank:  # whatever is no adapter rests
+        embeds_here = head_here = 0
     total = matrices + embeds_here + head_here
     of_matrices, of_others = OPTIMIZER_BYTES[recipe.optim.name]
     if s.device == "cuda" and recipe.train.host_optimizer:
@@ -91,17 +95,18 @@ def stage(recipe: Recipe, layout: Layout, s: Setting, accumulation: int, number:
     sharded = [layout.data if layout.zero >= level else 1 for level in (1, 2, 3)]
     gathered = 0.0
     if layout.zero == 3:
-        largest = max(sum(brick.parameters for brick in layer) for layer in layers)
+        largest = max(sum(brick.weights for brick in layer) / 4 for layer in layers)
         # two layers at hand in the compute dtype, and the gradient of one before it is shared out
-        gathered = largest * (2 * s.size + 4) + s.size * (embeds + head_here)
+        gathered = largest * (2 * s.size + 4) + s.size * outside
         layers = [[_without_casts(brick) for brick in layer] for layer in layers]
     return Step(
         layers=layers, setting=s, hidden_size=whole.hidden_size, vocab_size=vocab, tied=tied,
-        embeds=embeds_here, head=head_here, weights=4.0 * total / sharded[2], gradients=4.0 * total / sharded[1],
+        embeds=embeds_here, head=head_here, weights=weights / sharded[2], gradients=4.0 * total / sharded[1],
         optimizer=states / sharded[0], accumulates=accumulation > 1,
         recomputes=[recipe.train.recomputes(number * per_stage + i) for i in range(len(layers))],
         batch=BATCH * s.tokens * (accumulation if s.device == "cpu" else 1),
         in_flight=min(layout.pipeline - number, accumulation), gathered=gathered, last=last, norm=norm(whole, s),
+        frozen=recipe.lora.rank > 0,
     )  # fmt: skip
 
 

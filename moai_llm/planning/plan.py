@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args, get_type_hints
 
 from moai_llm.planning.activations import Setting
+from moai_llm.planning.adapters import frozen_flops
 from moai_llm.planning.hardware import GIB, Hardware
 from moai_llm.planning.inference import cache_bytes
 from moai_llm.planning.layouts import OPTIMIZER_BYTES, Layout, layouts, memory
@@ -125,7 +126,7 @@ def make_plan(recipe: Recipe, hardware: Hardware | None, options: Options) -> Pl
         raise MoaiError(f"this model cannot be planned: {error}") from None
     notes = list(_notes(recipe, hardware))
     fits = _fits(recipe, hardware, options)
-    per_token = 3 * flops["total"]
+    per_token = 3 * flops["total"] - (frozen_flops(recipe.lora, a) if recipe.lora.rank else 0.0)
     tokens = options.tokens or _tokens(recipe)
     advice = [] if hardware is None or any(fit.fits for fit in fits) else list(_advice(recipe, hardware, options))
     return Plan(

@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from moai_llm.architecture import Architecture
+from moai_llm.optimization import LoraConfig
 from moai_llm.planning.activations import CHANNEL_MIXERS, TOKEN_MIXERS, Kept, Setting, norm
+from moai_llm.planning.adapters import Matrix, mixer_matrices, mlp_matrices, of_layer
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "loss")
 BATCH = 28  # bytes a token of a batch: ids, labels and positions in 64 bits, document numbers in 32
@@ -37,8 +39,10 @@ class Brick(NamedTuple):
 
     kept: Kept
     norm: Kept
-    parameters: float
-    largest: float  # its largest matrix
+    parameters: float  # that are trained
+    largest: float  # the largest matrix that is trained
+    weights: float  # bytes of all its parameters
+    unpacked: float = 0.0  # bytes of the largest matrix that is there in another form while it is read
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class Step:
     hidden_size: int
     vocab_size: int
     tied: bool
-    embeds: float  # parameters of the embedding on this device
-    head: float  # parameters of an untied head
+    embeds: float  # parameters of the embedding on this device, where they are trained
+    head: float  # parameters of an untied head, likewise
     weights: float  # bytes between steps
     gradients: float  # bytes once all are there
     optimizer: float
@@ -62,6 +66,7 @@ class Step:
     gathered: float = 0.0  # weights fetched from other devices at once
     last: bool = True  # whether the head and the loss are on this device
     norm: Kept = Kept(0)
+    frozen: bool = False  # below adapters
 
 
 def peak(step: Step) -> Memory:
@@ -92,10 +97,11 @@ def moments(step: Step) -> Iterator[Memory]:
     loss = 0.0
     yield at(live + cached, done, loss)
     if step.last:
-        during, after = loss_bytes(step.vocab_size, h, s)
+        during, after = loss_bytes(step.vocab_size, h, s, frozen=step.frozen)
         yield at(live + cached + s.size * h * tokens, done, during)
         loss = after
-        if not step.tied:  # the head's gradient is one of the gradients at once; a tied one waits for the embedding's
+        # the head's gradient is one of the gradients at once; a tied one waits for the embedding's
+        if not step.tied and not step.frozen:
             loss -= 4.0 * step.vocab_size * h
             done = full if step.accumulates else 4.0 * step.vocab_size * h
         yield at(live + step.norm.extra + 4 * h * tokens, done, loss)
@@ -106,6 +112,7 @@ def moments(step: Step) -> Iterator[Memory]:
         live += _held(layer, False, step) - _held(layer, recomputed, step)  # what comes back when it is recomputed
         for brick in reversed(layer):
             fresh = (2 if s.half else 0) * brick.largest + (4 * brick.largest if step.accumulates else 0)
+            fresh += brick.unpacked
             grown = 0.0 if step.accumulates else 4 * brick.largest
             yield at(live + stream + brick.kept.extra + fresh, done + grown, loss)
             if not step.accumulates:
@@ -133,26 +140,29 @@ def chunk_rows(vocab_size: int, device: str) -> int:
     return max(64, min(most, budget // (4 * vocab_size)))
 
 
-def loss_bytes(vocab_size: int, h: int, s: Setting) -> tuple[float, float]:
+def loss_bytes(vocab_size: int, h: int, s: Setting, *, frozen: bool = False) -> tuple[float, float]:
     """Bytes of the loss from hidden states while it runs, and kept until the backward: the gradients of the hidden
-    states and, in fp32, of the head.
+    states and, in fp32, of a head that is trained.
     """
     rows = min(chunk_rows(vocab_size, s.device), s.tokens)
     block = min(rows, max(1, 2**20 // vocab_size)) if s.device == "cpu" else rows
-    kept = s.size * h * s.tokens + 4.0 * vocab_size * h
+    kept = s.size * h * s.tokens + (0.0 if frozen else 4.0 * vocab_size * h)
     weight = 2.0 * vocab_size * h if s.half else 0.0
     logits = s.size * rows * vocab_size
     log_p = block * vocab_size * (8 if s.half and s.device == "cpu" else 4)
-    product = 2.0 * vocab_size * h if s.half else 0.0
+    product = 2.0 * vocab_size * h if s.half and not frozen else 0.0
     rows_read = s.size * h * s.tokens  # the rows with a target, picked out
     return kept + rows_read + weight + logits + max(log_p, product + s.size * rows * h), kept
 
 
-def bricks(a: Architecture, s: Setting) -> list[list[Brick]]:
-    """The layers of an architecture on one device."""
+def bricks(a: Architecture, s: Setting, lora: LoraConfig | None = None) -> list[list[Brick]]:
+    """The layers of an architecture on one device, frozen below adapters where `lora` has a rank."""
     assert a.layer_types and a.mlp_layer_types
-    kinds = {pair: _layer(a, s, *pair) for pair in set(zip(a.layer_types, a.mlp_layer_types))}
-    return [kinds[pair] for pair in zip(a.layer_types, a.mlp_layer_types)]
+    pairs = list(zip(a.layer_types, a.mlp_layer_types))
+    if lora is not None and lora.rank:
+        return [_layer(a, replace(s, adapters=of_layer(lora, a, i)), *pair) for i, pair in enumerate(pairs)]
+    kinds = {pair: _layer(a, s, *pair) for pair in set(pairs)}
+    return [kinds[pair] for pair in pairs]
 
 
 def _layer(a: Architecture, s: Setting, mixer: str, mlp: str) -> list[Brick]:
@@ -161,9 +171,29 @@ def _layer(a: Architecture, s: Setting, mixer: str, mlp: str) -> list[Brick]:
     assert a.head_dim
     h, counts = a.hidden_size, a.brick_parameters()
     inner = a.ssm_expand * h if mixer == "linear_attention" else a.num_attention_heads * a.head_dim
-    layer = [Brick(TOKEN_MIXERS[mixer](a, s), norm(a, s), counts[mixer] + counts["norm"], h * inner)]
+    found = [(TOKEN_MIXERS[mixer](a, s), counts[mixer] + counts["norm"], h * inner, mixer_matrices(a, mixer))]
     if mlp != "none":
         width = (a.intermediate_size or 0) if mlp == "dense" else a.num_experts * (a.moe_intermediate_size or 0)
         largest = h * width * (2 if mlp == "sparse" and a.mlp_gated else 1)
-        layer.append(Brick(CHANNEL_MIXERS[mlp](a, s), norm(a, s), counts[mlp] + counts["norm"], largest))
-    return layer
+        found.append((CHANNEL_MIXERS[mlp](a, s), counts[mlp] + counts["norm"], largest, mlp_matrices(a, mlp)))
+    if s.adapters is None:
+        return [Brick(kept, norm(a, s), count, largest, 4.0 * count) for kept, count, largest, _ in found]
+    return [_frozen(Brick(kept, norm(a, s), 0, 0, 4.0 * count), s, matrices) for kept, count, _, matrices in found]
+
+
+def _frozen(brick: Brick, s: Setting, matrices: list[Matrix]) -> Brick:
+    """A brick whose own weights rest, in 4 bits or in 32, below adapters."""
+    adapters = s.adapters
+    assert adapters is not None
+    trained = adapters.parameters(matrices)
+    largest = max((adapters.rank * m.experts * max(m.inputs, m.outputs) for m in matrices if m.name in adapters.names),
+                  default=0)  # fmt: skip
+    packed = sum(m.size for m in matrices if adapters.packed(m))
+    unpacked = 0.0
+    for m in matrices:
+        if m.experts > 1 and m.name in adapters.names:  # the gradient of the sum, then that of the adapter
+            unpacked = max(unpacked, (6.0 if s.half else 4.0) * m.size)
+        elif adapters.packed(m):
+            unpacked = max(unpacked, float(s.size * m.size))
+    weights = brick.weights - packed * (4 - adapters.bits / 8) + 4.0 * trained
+    return brick._replace(parameters=trained, largest=largest, weights=weights, unpacked=unpacked)

@@ -19,6 +19,7 @@ from moai_llm.training import lora
 from moai_llm.training.distillation import Distillation
 from moai_llm.training.objective import NextToken, Objective
 from moai_llm.training.preference import Preference
+from moai_llm.training.quantize import quantize
 
 logger = logging.getLogger("moai_llm")
 
@@ -59,8 +60,8 @@ def build_model(
 
 
 def prepare_model(model: MoaiForCausalLM, recipe: Recipe, device: torch.device) -> MoaiForCausalLM:
-    """Give a model the recipe's loss, fp32 weights on the device, adapters, recomputation and compilation; ready to
-    train.
+    """Give a model the recipe's loss, fp32 weights (below adapters perhaps 4 bits) on the device, adapters,
+    recomputation and compilation; ready to train.
 
     Raises:
         MoaiError: rows that are longer than the model's learned positions.
@@ -69,6 +70,8 @@ def prepare_model(model: MoaiForCausalLM, recipe: Recipe, device: torch.device) 
     if isinstance(loss, Loss):
         model.objective = loss
     _require_positions(model.config, recipe.data.seq_len, "this model")
+    if recipe.lora.quantize:
+        quantize(model, device, double=recipe.lora.double_quant)
     model.to(device=device, dtype=torch.float32)  # type: ignore[call-arg]
     if recipe.lora.rank:
         lora.add_adapters(model, recipe.lora, recipe.train.init_from)

@@ -18,6 +18,7 @@ from moai_llm.architecture import Architecture
 from moai_llm.data.loader import Batch, Loader
 from moai_llm.data.shards import Store
 from moai_llm.modeling.model import MoaiForCausalLM
+from moai_llm.planning.adapters import frozen_flops
 from moai_llm.planning.hardware import Hardware
 from moai_llm.planning.layouts import Layout, memory
 from moai_llm.planning.plan import Options, setting
@@ -132,6 +133,7 @@ def _measure(recipe: Recipe, options: Options, device: torch.device, steps: int,
     recipe = replace(recipe, model=_architecture(step.model))
     predicted = memory(recipe, Layout("one device"), setting(recipe, hardware, rows, options), MICRO_BATCHES).total
     per_token = 3 * recipe.model.flops(seq_len, options.document_tokens)["total"]
+    per_token -= frozen_flops(recipe.lora, recipe.model) if recipe.lora.rank else 0.0
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
     return Calibration(
         recipe, name, hardware, steps, data, document_tokens, rows, micro, in_optimizer,

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 CSV_COLUMNS = (
-    "step", "tokens", "loss", "lr", "grad_norm", "clip", "skipped", "tokens_per_second", "mfu", "memory_mb", "aux_loss",
-    "expert_cv", "eval_loss", "bits_per_byte", "kl", "reward_margin", "reward_accuracy", "eval_reward_margin",
-    "eval_reward_accuracy",
+    "step", "tokens", "loss", "lr", "grad_norm", "clip", "skipped", "tokens_per_second", "mfu", "memory_mb", "seconds",
+    "aux_loss", "expert_cv", "eval_loss", "bits_per_byte", "kl", "reward_margin", "reward_accuracy",
+    "eval_reward_margin", "eval_reward_accuracy",
 )  # fmt: skip
 
 

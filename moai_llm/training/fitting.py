@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from moai_llm.architecture import Architecture
+from moai_llm.planning.adapters import count
 from moai_llm.planning.hardware import GIB, Accelerator, Hardware, find_device
 from moai_llm.planning.layouts import OPTIMIZER_BYTES, Layout, memory
 from moai_llm.planning.plan import Options, setting
@@ -73,7 +74,8 @@ def optimizer_bytes(recipe: Recipe, config: Architecture) -> float:
     if recipe.train.host_optimizer:
         return 0.0
     of_matrices, of_others = OPTIMIZER_BYTES[recipe.optim.name]
-    return max(of_matrices, of_others) * config.parameters()["total"]
+    trained = count(recipe.lora, config) if recipe.lora.rank else config.parameters()["total"]
+    return max(of_matrices, of_others) * trained
 
 
 def room(device: torch.device) -> float:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from moai_llm.modeling.model import MoaiForCausalLM
-from moai_llm.modeling.moe import MoE
+from moai_llm.modeling.moe import EXPERT_WEIGHTS, MoE
+from moai_llm.ops.nf4_weight import NF4Weight
 from moai_llm.optimization import LoraConfig
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError, did_you_mean, require
 from moai_llm.training.reference import fingerprint_of
 
 FOLDER, WEIGHTS, CONFIG = "adapter", "adapter_model.safetensors", "adapter_config.json"
-EXPERT_WEIGHTS = ("up_proj", "down_proj")
 NAME, PEFT = ".default.", "base_model.model."  # the adapter's name inside the model; how names begin in peft's files
 
 
@@ -48,6 +50,9 @@ def add_adapters(model: MoaiForCausalLM, config: LoraConfig, base: str | None = 
     model.requires_grad_(False)
     settings.base_model_name_or_path = base
     peft.inject_adapter_in_model(settings, model)
+    for module in model.modules():
+        if hasattr(module, "lora_A"):  # autocast casts once for all readers
+            module.cast_input_dtype_enabled = False  # type: ignore[assignment]
 
 
 def has_adapters(model: nn.Module) -> bool:
@@ -72,20 +77,38 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def summed_weights(model: MoaiForCausalLM) -> dict[str, Tensor]:
-    """The weights of the plain model that computes what the model with its adapters does."""
+    """The weights of the plain model that computes what the model with its adapters does. Below weights in 4 bits that
+    is what they stand for, not what they were made from; all of it is then in the host's memory.
+    """
     from peft.tuners.lora.layer import Linear, ParamWrapper
 
-    weights = {
-        name.replace(".base_layer", ""): tensor.detach()
-        for name, tensor in model.state_dict().items()
-        if ".lora_" not in name
-    }
+    quantized = any(isinstance(parameter, NF4Weight) for parameter in model.parameters())
+    weights: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" not in name:
+            plain = tensor.unpacked() if isinstance(tensor, NF4Weight) else tensor.detach()
+            weights[name.replace(".base_layer", "")] = plain.cpu() if quantized else plain
     for name, module in model.named_modules():
         if isinstance(module, (Linear, ParamWrapper)):
             parameter = module.parameter_name if isinstance(module, ParamWrapper) else "weight"
             key = f"{name.replace('.base_layer', '')}.{parameter}"
-            weights[key] = weights[key] + module.get_delta_weight("default")
+            weights[key] = weights[key] + module.get_delta_weight("default").to(weights[key].device)
     return weights
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model below the adapters, for as long as this lasts."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def plain_twin(model: MoaiForCausalLM) -> MoaiForCausalLM:

@@ -11,6 +11,7 @@ import torch
 from moai_llm.config import MoaiConfig
 from moai_llm.data.loader import Batch
 from moai_llm.modeling.model import MoaiForCausalLM
+from moai_llm.ops.nf4_weight import stored_bytes
 from moai_llm.recipe import Recipe
 from moai_llm.training.build import prepare_model
 from moai_llm.training.clipping import Clip
@@ -44,9 +45,7 @@ class RealStep:
         lasting = [*self.model.parameters(), *self.model.buffers(), *states]
         if self.device.type == "cpu":
             lasting += [tensor for batch in batches for tensor in batch.values()]
-        held = sum(
-            tensor.numel() * tensor.element_size() for tensor in lasting if tensor.device.type == self.device.type
-        )
+        held = sum(stored_bytes(tensor) for tensor in lasting if tensor.device.type == self.device.type)
         return held + peak_bytes(lambda: self.run(batches), self.device)
 
 

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from moai_llm.architecture import Architecture
 from moai_llm.config import MoaiConfig
+from moai_llm.optimization import LoraConfig
+from moai_llm.planning.adapters import frozen_flops
 from moai_llm.planning.hardware import GIB, find_device
 from moai_llm.recipe import Recipe
 from moai_llm.training import environment
-from moai_llm.training.events import Events
+from moai_llm.training.events import Events, read_metrics
 from moai_llm.training.live import LiveView, duration
 from moai_llm.training.precision import Precision
 from moai_llm.training.sinks import Sinks
@@ -61,6 +63,9 @@ class Monitor:
         self.console = console or Console(quiet=quiet, stderr=False, highlight=False, soft_wrap=True)
         self.live = self.console.is_terminal and not quiet
         self._events, self._sinks = Events(out, start), sinks
+        # the sessions before took so long; of one that was killed, up to the row that it is resumed from
+        spent = max((row.get("seconds", 0.0) for row in read_metrics(out / "metrics.jsonl")), default=0.0)
+        self._began = time.perf_counter() - spent
         self._flops, self._peak, self._device = flops, peak, device or torch.device("cpu")
         self._every_load, self._last_load = max(1, total // LOADS), start
         self.view = LiveView(title, total, start)
@@ -83,7 +88,7 @@ class Monitor:
         run_id = environment.record(out, device, start)
         return cls(
             out, total, start, title=title, quiet=quiet, sinks=Sinks(recipe, run_id, start),
-            flops=work(config, recipe.data.seq_len), peak=peak(precision), device=device,
+            flops=work(config, recipe.data.seq_len, recipe.lora), peak=peak(precision), device=device,
         )  # fmt: skip
 
     def log(self, step: int, expert_load: Tensor | None = None, /, **numbers: Any) -> None:
@@ -98,6 +103,7 @@ class Monitor:
             if self._flops and self._peak:
                 row["mfu"] = row["tokens_per_second"] * self._flops / self._peak
             row["memory_mb"] = round(self._memory() / 1e6, 1)
+            row["seconds"] = round(time.perf_counter() - self._began, 2)
         if load and (step // self._every_load > self._last_load // self._every_load or step in (1, self.total)):
             row["expert_load"], self._last_load = load, step
         self._events.write(row)
@@ -160,10 +166,11 @@ class Monitor:
             self._sinks.close()
 
 
-def work(config: Architecture, seq_len: int) -> float | None:
+def work(config: Architecture, seq_len: int, lora: LoraConfig | None = None) -> float | None:
     """Operations of a training step per token, recomputed ones not counted; None where a brick is not known here."""
     try:
-        return 3 * config.flops(seq_len)["total"]
+        left_out = frozen_flops(lora, config) if lora is not None and lora.rank else 0.0
+        return 3 * config.flops(seq_len)["total"] - left_out
     except ValueError:  # a brick from outside the package
         return None
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
+from moai_llm.ops.nf4_weight import NF4Weight
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError
 
@@ -42,11 +43,12 @@ class HostActivations:
         self.model, self.smallest = model, smallest
 
     def hooks(self) -> AbstractContextManager[Any]:
-        weights = {parameter.untyped_storage().data_ptr() for parameter in self.model.parameters()}
+        kept = (parameter for parameter in self.model.parameters() if not isinstance(parameter, NF4Weight))
+        weights = {parameter.untyped_storage().data_ptr() for parameter in kept}
 
         def pack(tensor: Tensor) -> Tensor | _Moved:
-            stays = tensor.numel() * tensor.element_size() < self.smallest
-            if stays or tensor.untyped_storage().data_ptr() in weights:
+            small = tensor.numel() * tensor.element_size() < self.smallest
+            if small or isinstance(tensor, NF4Weight) or tensor.untyped_storage().data_ptr() in weights:
                 return tensor
             pinned = tensor.device.type == "cuda"
             there = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)

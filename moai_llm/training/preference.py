@@ -7,6 +7,7 @@ A reference model, where the loss has one, is the model that the run starts from
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from moai_llm.modeling.model import MoaiForCausalLM, MoaiModelOutput
 from moai_llm.ops.log_probs import document_sums, linear_log_probs
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError
-from moai_llm.training import reference
+from moai_llm.training import lora, reference
 from moai_llm.training.fitting import rows_of
 from moai_llm.training.objective import Counts, MicroBatch, count_tokens, hidden_states, with_router
 from moai_llm.training.precision import Precision
@@ -47,12 +48,14 @@ class Preference:
         return {"reference": self._starting_model(Store(self.recipe.data.stores()[0]))}
 
     def _starting_model(self, store: Store) -> str:
-        """The fingerprint of train.init_from; where that is gone by now, the one that was kept with its numbers."""
+        """The fingerprint of train.init_from, and how its weights are kept; where it is gone by now, what was kept with
+        its numbers.
+        """
         directory = Path(self.recipe.train.init_from or "")
         if self._of_model:
             return self._of_model
         if (directory / "config.json").is_file():
-            self._of_model = fingerprint_of(directory)
+            self._of_model = ":".join([fingerprint_of(directory), *self._format()])
             return self._of_model
         kept = reference.origin_of(file_of(Path(self.recipe.train.out), store.fingerprint)).get("model")
         if kept is None:
@@ -62,24 +65,33 @@ class Preference:
             )
         return kept
 
+    def _format(self) -> list[str]:
+        """What the weights are rounded to below the adapters, if they are: their numbers are other ones."""
+        config = self.recipe.lora
+        return [f"{config.quantize}{'' if config.double_quant else ' fp32 scales'}"] if config.quantize else []
+
     def prepare(
         self, model: MoaiForCausalLM, store: Store, precision: Precision, *, resumed: bool, quiet: bool
     ) -> None:
-        """The reference of data.train, and of data.valid for whoever evaluates on it."""
+        """The reference of data.train, and of data.valid for whoever evaluates on it. With adapters it is this model
+        without them, so that there is never a second one in memory.
+        """
         if not self.loss.needs_reference:
             return
         of_model = self._starting_model(store)
-        models: list[MoaiForCausalLM] = [] if resumed else [model]
+        below = lora.without_adapters(model) if lora.has_adapters(model) else nullcontext()
+        models: list[MoaiForCausalLM] = [] if resumed and not lora.has_adapters(model) else [model]
 
         def starting_model() -> MoaiForCausalLM:
             if not models:
                 models.append(self.start().to(precision.device))  # type: ignore[arg-type]
             return models[0]
 
-        self.reference = self._reference(store, of_model, precision, starting_model, quiet).to(precision.device)
-        valid = self.recipe.data.valid
-        if valid and Store(valid).manifest.kind == "preference":
-            self._reference(Store(valid), of_model, precision, starting_model, quiet)
+        with below:
+            self.reference = self._reference(store, of_model, precision, starting_model, quiet).to(precision.device)
+            valid = self.recipe.data.valid
+            if valid and Store(valid).manifest.kind == "preference":
+                self._reference(Store(valid), of_model, precision, starting_model, quiet)
 
     def read_reference(self, store: Store, precision: Precision) -> None:
         """What `prepare` left in the run's folder of this store, for an evaluation.

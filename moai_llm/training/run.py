@@ -20,7 +20,7 @@ from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_everything, write_atomically
 from moai_llm.tokenizer import Tokenizer
-from moai_llm.training import lora, rollback
+from moai_llm.training import lora, quantize, rollback
 from moai_llm.training.build import active_parameters, build_model, build_objective
 from moai_llm.training.checkpoint import Checkpoints
 from moai_llm.training.clipping import Clip
@@ -123,6 +123,8 @@ class Run:
         run.notes += describe(recipe, loader, run.total)
         if run.base:
             run.notes.append(lora.describe(model))
+        if recipe.lora.quantize:
+            run.notes += quantize.describe(model)
         if latest is not None:
             run._restore(latest)
             run.ahead = rollback.steps_ahead(out, run.done)

@@ -52,6 +52,8 @@ def test_mistakes_get_a_message(folder: Path, tmp_path: Path, fails: Moai) -> No
     assert "--list shows" in fails("export", folder, "--format", "hf")
     assert "mamba: it is Mamba layers alone" in fails("export", folder, "--format", "hf", "--out", out, "--as", "mamba")
     assert "fp32 or bf16" in fails("export", folder, "--format", "hf", "--dtype", "q4_0", "--out", out)
+    assert "int4 or int8" in fails("export", folder, "--format", "compressed-tensors", "--dtype", "bf16", "--out", out)
+    assert "--group-size belongs to" in fails("export", folder, "--format", "hf", "--group-size", "32", "--out", out)
     assert "--split belongs to --format gguf" in fails("export", folder, "--format", "hf", "--split", "x", "--out", out)
     assert "rules for this tokenizer are" in fails("export", folder, "--format", "gguf", "--split", "x", "--out", out)
     assert "no such directory" in fails("export", tmp_path / "none", "--format", "hf", "--out", out)

@@ -99,7 +99,10 @@ def test_chunks_of_the_loss_are_those_of_the_loss() -> None:
 
 
 def measure(name: str, changes: list[str], rows: int, accumulation: int, documents: int) -> tuple[float, Memory]:
-    recipe = recipes.load(name, changes)
+    return measure_recipe(recipes.load(name, changes), rows, accumulation, documents)
+
+
+def measure_recipe(recipe: Recipe, rows: int, accumulation: int, documents: int) -> tuple[float, Memory]:
     step = RealStep(recipe, CPU)
     sizes = (rows, recipe.data.seq_len, recipe.model.vocab_size, documents)
     batches = [random_batch(*sizes, seed=i) for i in range(accumulation)]

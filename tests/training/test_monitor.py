@@ -117,6 +117,17 @@ def test_a_terminal_gets_the_panel_and_a_pipe_lines(tmp_path: Path) -> None:
         assert expected in text and "step 1: a note" in text
 
 
+def test_the_time_of_a_run_is_that_of_all_its_sessions(tmp_path: Path) -> None:
+    quiet = Console(quiet=True)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 3, "seconds": 70.5}\n{"step": 4, "seconds": 90.0}\n')
+    with Monitor(tmp_path, 6, 3, console=quiet) as monitor:  # killed after a step that its checkpoint did not have
+        monitor.log(4, tokens_per_second=1.0)
+    assert 70.5 <= read_metrics(tmp_path / "metrics.jsonl")[-1]["seconds"] < 80
+    with Monitor(tmp_path, 6, 0, console=quiet) as monitor:
+        monitor.log(1, tokens_per_second=1.0)
+    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["seconds"] < 10
+
+
 def test_mfu_only_where_the_peak_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = recipes.load("moai-3b").model
     of_step = work(model, 4096)

@@ -294,3 +294,27 @@ def test_dpo_trains_adapters_beside_its_reference(make: PairRecipe) -> None:
     with pytest.raises(Stop):
         train(broken, hooks=[stop_at(4)], quiet=True)
     assert same(last, train(broken, resume=True, quiet=True))
+
+
+@pytest.mark.parametrize("quantize", ["null", "nf4"])
+def test_the_reference_of_adapters_is_the_model_without_them(
+    make: PairRecipe, pairs: Store, quantize: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft")
+    keys = ("lora.rank=4", "lora.experts=true", "optim.lr=1e-2", f"lora.quantize={quantize}")
+    recipe = make("train.steps=2", *keys, out="adapted")
+    train(recipe, quiet=True)
+    file = reference.file_of(Path(recipe.train.out), pairs.fingerprint)
+    begun = load_file(file)["log_probs"]
+    file.unlink()
+    monkeypatch.setattr(Preference, "start", None, raising=False)  # no second model is read
+    train(make("train.steps=3", *keys, out="adapted"), resume=True, quiet=True)
+    assert torch.equal(load_file(file)["log_probs"], begun)  # after training, adapters off
+    other = make("train.steps=1", out="whole")
+    train(other, quiet=True)  # the model itself, without adapters
+    separate = load_file(reference.file_of(Path(other.train.out), pairs.fingerprint))["log_probs"]
+    if quantize == "null":
+        torch.testing.assert_close(begun, separate, atol=1e-3, rtol=1e-5)
+    else:  # control: what it is compared with is in 4 bits, as it is itself
+        assert (begun - separate).abs().max() > 0.05
+        assert reference.origin_of(file)["model"].endswith(":nf4")

@@ -50,4 +50,4 @@ def test_answers_and_then_preferences_are_learned(tmp_path: Path) -> None:
     losses, accuracy = (evaluations(tmp_path / "dpo", key) for key in ("eval_loss", "eval_reward_accuracy"))
     print(json.dumps({"answers": answers, "pairs": losses, "accuracy": accuracy}))
     assert math.isclose(steps[0]["loss"], math.log(2), abs_tol=1e-4)
-    assert losses[-1] < math.log(2) - 0.02 and accuracy[-1] > 0.6
+    assert losses[-1] < math.log(2) - 0.05 and accuracy[-1] > 0.6

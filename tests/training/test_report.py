@@ -30,7 +30,8 @@ def write_run(folder: Path, steps: int = 120, *, rate: float = 3e-4, experts: bo
     for step in range(1, steps + 1):
         wave = ((step * 7919) % 13 - 6) / 30
         row = {"step": step, "tokens": 1000 * step, "loss": 3 + 5 / (1 + step * rate * 300) + wave, "lr": rate,
-               "grad_norm": 0.5 + abs(wave), "tokens_per_second": 5000 + 100 * wave, "memory_mb": 700.0}  # fmt: skip
+               "grad_norm": 0.5 + abs(wave), "tokens_per_second": 5000 + 100 * wave, "memory_mb": 700.0,
+               "seconds": 40.0 * step}  # fmt: skip
         if experts:
             row |= {
                 "aux_loss": 0.02,
@@ -83,6 +84,8 @@ def test_the_numbers_are_those_of_the_files(runs: list[Record], text: str) -> No
         last = [value for _, value in record.points("loss")][-20:]
         assert min(last) < run["loss"] < max(last) and f"{run['loss']:.3f}" in parsed.words
     assert "3.208" in parsed.words and "0.70 GB" in parsed.words
+    assert [run["seconds"] for run in held] == [4800.0, 3600.0]
+    assert "1:20:00" in parsed.words and "1:00:00" in parsed.words
     different = parsed.tables["Keys that differ between the runs"]
     assert different[0] == ["key", "one", EVIL]
     assert dict((row[0], row[1:]) for row in different[1:]) == {
@@ -196,6 +199,8 @@ def test_a_real_run(tmp_path: Path, make_recipe: Any) -> None:
     train(recipe, quiet=True)
     record = read_run(Path(recipe.train.out), "real")
     parsed = Page(page([record]))
+    spent = [value for _, value in record.points("seconds")]
+    assert len(spent) == 4 and 0 < spent[0] < spent[-1] < 600 and spent == sorted(spent)
     assert record.steps == 5 and final_loss(record) is not None and len(record.checkpoints) == 2
     assert not any(kept.problem for kept in record.checkpoints)
     assert yaml.safe_load((Path(recipe.train.out) / "recipe.yaml").read_text()) == record.recipe

@@ -14,6 +14,7 @@ from moai_llm import recipe as recipes
 from moai_llm.pages.html import card, document, facts, framed, legend, plain_table
 from moai_llm.pages.plots import color, short
 from moai_llm.training.doctor import history
+from moai_llm.training.live import duration
 from moai_llm.training.report import charts
 from moai_llm.training.report.record import Record, flat, smooth
 
@@ -36,7 +37,7 @@ def summary(runs: Sequence[Record]) -> list[dict[str, Any]]:
             "run": run.name, "steps": run.steps, "tokens": run.last("tokens"), "loss": final_loss(run),
             "eval_loss": run.last("eval_loss"), "bits_per_byte": run.last("bits_per_byte"),
             "tokens_per_second": run.usual("tokens_per_second"), "mfu": run.usual("mfu"),
-            "memory_mb": run.most("memory_mb"),
+            "memory_mb": run.most("memory_mb"), "seconds": run.most("seconds"),
         }
         for run in runs
     ]  # fmt: skip
@@ -72,6 +73,7 @@ def _head(runs: Sequence[Record], title: str) -> Iterator[str]:
         pairs = {
             "steps": steps,
             "tokens": _amount(found["tokens"]),
+            "time": "" if found["seconds"] is None else duration(found["seconds"]),
             "held-out loss": _number(found["eval_loss"], ".3f"),
             "bits per byte": _number(found["bits_per_byte"], ".3f"),
             "tokens a second": _number(found["tokens_per_second"], ",.0f"),
