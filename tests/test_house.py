@@ -15,7 +15,7 @@ import moai_llm
 PACKAGE = Path(moai_llm.__file__).parent
 FLOORS = [
     ["runtime", "bounds", "synonyms"],
-    ["ops", "architecture", "mixture", "optimization", "pages"],
+    ["ops", "architecture", "mixture", "optimization", "representation", "pages"],
     ["config", "losses"],
     ["recipe", "tokenizer", "modeling"],
     ["data", "quantization", "planning"],

@@ -94,7 +94,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from moai_llm.tokenizer import load_tokenizer
 
     console, tokenizer, code = make_console(), load_tokenizer(arguments.tokenizer), _code_options(arguments)
-    kind, chat, columns = conversations.read_options(arguments)
+    kind, options, columns = conversations.read_options(arguments)
+    chat, embedding = (None, options) if kind == "embedding" else (options, None)
     sources, reading = open_sources(arguments, console, columns)
     with ReadProgress(console, sources) as shown:
         report = prepare(
@@ -102,7 +103,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
             tokenizer,
             arguments.out,
             kind=kind,
-            chat=chat,
+            chat=chat,  # type: ignore[arg-type]
+            embedding=embedding,  # type: ignore[arg-type]
             reading=replace(reading, progress=shown.read),
             valid=arguments.valid,
             valid_share=arguments.valid_share,
@@ -122,6 +124,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     more = f" data.valid={arguments.valid}" if arguments.valid else ""
     if kind == "preference":
         more += " loss.type=dpo train.init_from=MODEL"
+    if kind == "embedding":
+        more += " loss.type=info_nce"
     next_step = f"moai train RECIPE data.train={arguments.out}{more}"
     console.print(f"written to {arguments.out}. Next: {next_step}", soft_wrap=True)
 
@@ -186,5 +190,7 @@ def _row(report: Report) -> list[str]:
     manifest = report.manifest
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items()) or "0"
     documents = manifest.documents // (2 if manifest.kind == "preference" else 1)
+    if manifest.kind == "embedding":
+        documents = report.read - report.dropped.total()
     counts = (f"{manifest.tokens:,}", f"{manifest.text_bytes / manifest.tokens:.2f}")
     return [f"{report.read:,}", f"{documents:,}", dropped, f"{report.skipped.bad_count:,}", *counts]

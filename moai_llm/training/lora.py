@@ -91,7 +91,7 @@ def summed_weights(model: MoaiForCausalLM) -> dict[str, Tensor]:
 def plain_twin(model: MoaiForCausalLM) -> MoaiForCausalLM:
     """The model without adapters and without memory, to be saved with `summed_weights`."""
     with torch.device("meta"):
-        twin = MoaiForCausalLM(model.config)
+        twin = type(model)(model.config)
     twin.generation_config = model.generation_config
     return twin
 
