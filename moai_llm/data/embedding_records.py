@@ -110,8 +110,10 @@ def read_one(
         MoaiError: without the place; it has none, or its grade is out of range.
         NotRelated: a pair of sentences of which one does not follow from the other.
     """
-    there = {str(name).lower(): value for name, value in reversed(list(columns.items()))}
-    there = {name: value for name, value in there.items() if value is not None and value != ""}
+    there: dict[str, Any] = {}
+    for name, value in columns.items():
+        if value is not None and value != "":
+            there.setdefault(str(name).lower(), value)
     if any(name in named for name in ("anchor", "positive", "negative")):
         anchor, right = "anchor", [name for name in RIGHT if name in there]
         if "anchor" not in there:

@@ -2,7 +2,7 @@
 
 A record is several documents that follow each other: the anchor, its right answers, its wrong ones. What a document is
 stands in its mask, whose bytes are all the same: 1 an anchor, with which a record begins, 2 a right answer, 3 a wrong
-one, and from 5 on a right answer with a grade from 0 to 1, in steps of 1/250. Each ends with the end-of-text token.
+one, and from 5 on a right answer with a grade from 0 to 1, in steps of 1/200. Each ends with the end-of-text token.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 
 ANCHOR, RIGHT, WRONG = 1, 2, 3
-_GRADE, _STEPS = 5, 250
+_GRADE, _STEPS = 5, 200
 
 
 def encode_related(tokenizer: Tokenizer, record: Related, options: EmbeddingOptions | None = None) -> list[Encoded]:

@@ -127,7 +127,7 @@ class Contrastive:
             gathered = gather_rows(own)
             every = own if gathered is own else gathered.detach().requires_grad_()
             total, numbers = vectors.new_zeros(()), dict[str, Tensor]()
-            for term, said in terms(self.loss, own, texts, every, texts.gathered(), _scale(self.loss, log_scale)):
+            for term, said in terms(self.loss, own, texts, every, texts.gathered(), log_scale):
                 term.backward()
                 total = total + term.detach()
                 add_up(numbers, said)
@@ -149,7 +149,8 @@ class Contrastive:
             output, texts = _output(model, batch, noise_key), Texts.of(batch)
             own, numbers = _vectors(output, batch), dict[str, Tensor]()
             loss = own.sum() * 0.0
-            for term, said in terms(self.loss, own, texts, gather_rows(own), texts.gathered(), _scale(self.loss, model.log_scale)):
+            every = gather_rows(own)
+            for term, said in terms(self.loss, own, texts, every, texts.gathered(), model.log_scale):
                 loss = loss + term
                 add_up(numbers, said)
             return self._made(loss, numbers, model, output, counts, router_load)
@@ -185,10 +186,6 @@ def _vectors(output: MoaiEmbeddingOutput, batch: Batch) -> Tensor:
     return output.embeddings[batch["role"] > 0]
 
 
-def _scale(loss: ContrastiveLoss, log_scale: Tensor | None) -> Tensor | float:
-    return loss.scale if log_scale is None else log_scale.exp()
-
-
 def right_answers(loss: ContrastiveLoss, texts: Texts) -> Tensor:
     """(n,) bool."""
     return (texts.role == RIGHT) & ((texts.score < 0) | (texts.score >= loss.positive_score))
@@ -202,23 +199,24 @@ def _targets(loss: ContrastiveLoss, texts: Texts) -> Tensor:
 
 
 def terms(
-    loss: ContrastiveLoss, own: Tensor, texts: Texts, every: Tensor, all_texts: Texts, scale: Tensor | float
+    loss: ContrastiveLoss, own: Tensor, texts: Texts, every: Tensor, all_texts: Texts, log_scale: Tensor | None
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Parts of a step's loss that add up to it, each with a graph of its own, and what is said of the step.
 
     Args:
         own: (n, D) vectors of this rank's texts. every: those of all ranks; the loss of all is the sum over the ranks.
+        log_scale: of a learned temperature.
     """
     with torch.autocast(own.device.type, enabled=False):
         count = _targets(loss, all_texts).sum().clamp_min(1)
         if loss.kind == "info_nce":
-            yield from _info_nce_terms(loss, own, texts, every, all_texts, scale, count)
+            yield from _info_nce_terms(loss, own, texts, every, all_texts, log_scale, count)
         else:
             yield _pair_term(loss, own, texts, count)
 
 
 def _info_nce_terms(
-    loss: ContrastiveLoss, own: Tensor, texts: Texts, every: Tensor, all_texts: Texts, scale: Tensor | float,
+    loss: ContrastiveLoss, own: Tensor, texts: Texts, every: Tensor, all_texts: Texts, log_scale: Tensor | None,
     count: Tensor,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:  # fmt: skip
     right = right_answers(loss, all_texts)
@@ -236,6 +234,7 @@ def _info_nce_terms(
             excluded = torch.zeros_like(positive)
             if loss.mask_equal:
                 excluded = mine[part, None] == meaning[candidates]
+            scale = loss.scale if log_scale is None else log_scale.exp()
             found = info_nce(scores, positive, excluded, margin=loss.margin, scale=scale, inside=loss.inside)
             seen = scores.detach().masked_fill(excluded & ~positive, -torch.inf)
             best = seen.argmax(1, keepdim=True)
