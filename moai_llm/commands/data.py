@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from moai_llm.commands import conversations, data_clean, data_info, data_merge, data_show, data_verify
+from moai_llm.commands import conversations, data_clean, data_info, data_merge, data_mine, data_show, data_verify
 from moai_llm.commands.sources import ReadProgress, add_source_options, open_sources, show_skipped
 from moai_llm.recipe import DataConfig
 from moai_llm.runtime import MoaiError, make_console
@@ -31,7 +31,7 @@ STORES = {
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    names = "{" + ",".join(["prepare", "schema", *STORES, "clean", "dedup", "contamination"]) + "}"
+    names = "{" + ",".join(["prepare", "schema", *STORES, "clean", "dedup", "contamination", "mine"]) + "}"
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
     prepare = verbs.add_parser("prepare", help="tokenise sources into a store")
     add_source_options(prepare)
@@ -74,6 +74,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for verb, (module, what) in STORES.items():
         module.configure(verbs.add_parser(verb, help=what))
     data_clean.add_verbs(verbs)
+    data_mine.configure(verbs.add_parser("mine", help="wrong answers that a model takes for nearly right"))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -84,6 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         "clean": data_clean.run_clean,
         "dedup": data_clean.run_dedup,
         "contamination": data_clean.run_contamination,
+        "mine": data_mine.run,
     }[arguments.verb](arguments)
 
 

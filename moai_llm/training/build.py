@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from moai_llm.config import MoaiConfig, read_config
 from moai_llm.losses import AnyLoss, ContrastiveLoss, DistillationLoss, Loss, PreferenceLoss, create_loss_function
-from moai_llm.modeling.embedding import MoaiForEmbedding, Settings
+from moai_llm.modeling.embedding import MoaiForEmbedding, Settings, load_for_vectors
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from moai_llm.commands.train import make_hooks
 from moai_llm.data.embedding_loader import EmbeddingLoader
+from moai_llm.data.prepare import prepare
 from moai_llm.data.shards import Store
 from moai_llm.losses import create_loss_function
 from moai_llm.modeling.embedding import MoaiForEmbedding
@@ -233,3 +234,97 @@ def test_two_ranks_are_one(related: Store, tmp_path: Path) -> None:
         for rank in range(2)
     ]
     assert (sum(alone) - right).norm() > 0.1 * right.norm()  # control: each rank among its own texts
+
+
+@pytest.fixture
+def make(make_recipe: MakeRecipe, related: Store) -> Callable[..., Recipe]:
+    """A short run on the texts."""
+
+    def made(*overrides: str, **options: str) -> Recipe:
+        return make_recipe(
+            f"data.train={related.path}", "loss.type=info_nce", "data.seq_len=96", "train.batch_tokens=576",
+            "train.micro_batch_size=2", "train.steps=4", "checkpoint.every=2", *overrides, **options,
+        )  # fmt: skip
+
+    return made
+
+
+def test_a_run_learns_which_texts_belong_together(make: Callable[..., Recipe], related: Store) -> None:
+    recipe = make(f"data.valid={related.path}", "train.steps=12", "optim.lr=3e-3", "eval.every=6", "eval.rows=null",
+                  "loss.params.learned_temperature=true", "embedding.projection=24", "embedding.dropout=0.1")  # fmt: skip
+    last = train(recipe, hooks=make_hooks(recipe), quiet=True)
+    rows = read_metrics(Path(recipe.train.out) / "metrics.jsonl")
+    steps, evaluations = ([row for row in rows if key in row] for key in ("accuracy", "eval_loss"))
+    assert evaluations[1]["mrr"] > evaluations[0]["mrr"] and evaluations[1]["recall_at_10"] > 0.9
+    assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"]
+    assert steps[0]["temperature"] == pytest.approx(0.05) and steps[-1]["temperature"] != steps[0]["temperature"]
+    assert {"objective", "aux_loss", "expert_cv", "grad_norm", "pairs"} <= set(steps[-1])
+    model = MoaiForEmbedding.from_pretrained(last)
+    assert model.width == 24 and model.settings.dropout == 0.1 and not model.training
+
+
+@pytest.mark.parametrize("augment", ["none", "delete"])
+def test_resumed_equals_uninterrupted_bit_for_bit(
+    make: Callable[..., Recipe], tmp_path: Path, tokenizer: Tokenizer, augment: str
+) -> None:
+    keys = ["embedding.dropout=0.1", "loss.params.learned_temperature=true", f"embedding.augment={augment}"]
+    if augment == "delete":
+        (tmp_path / "alone.jsonl").write_text("".join(f'{{"text": "deposit {i} earns interest"}}\n' for i in range(60)))
+        prepare([tmp_path / "alone.jsonl"], tokenizer, tmp_path / "alone", kind="embedding")
+        keys.append(f"data.train={tmp_path / 'alone'}")
+    whole = train(make(*keys, out="whole"), quiet=True)
+    broken = make(*keys, "eval.every=1", out="broken")
+    with pytest.raises(Stop):
+        train(broken, hooks=[stop_at(3)], quiet=True)
+    assert same(whole, train(broken, resume=True, quiet=True))
+    other = train(make(*keys, "train.seed=1", out="other"), quiet=True)
+    assert not same(whole, other)  # control
+
+
+def test_from_a_language_model_and_on(make: Callable[..., Recipe], make_recipe: MakeRecipe) -> None:
+    start = train(make_recipe("train.steps=1", out="start"), quiet=True)
+    first = train(make(f"train.init_from={start}", "optim.lr=0", "train.steps=1", out="first"), quiet=True)
+    ours, theirs = load_file(first / "model.safetensors"), load_file(start / "model.safetensors")
+    assert set(theirs) - set(ours) <= {"lm_head.weight"}
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    second = train(make(f"train.init_from={first}", "embedding.pooling=last", "train.steps=1", out="second"), quiet=True)
+    assert MoaiForEmbedding.from_pretrained(second).settings.pooling == "last"
+
+
+def test_losses_and_stores_that_do_not_fit(
+    make: Callable[..., Recipe], make_recipe: MakeRecipe, store: Path, related: Store
+) -> None:
+    for recipe, message in (
+        (make_recipe(f"data.train={related.path}"), "for vectors: train on it with loss.type=info_nce"),
+        (make(f"data.train={store}"), "holds text, not texts that belong together"),
+        (make("data.packing=concat"), "would cut texts apart"),
+        (make("loss.params.temperature=0.001"), "temperature 0.001 is below 0.01"),
+        (make(f"data.train=[{{store: {related.path}, weight: 1}}, {{store: {store}, weight: 1}}]"), "one store of texts"),
+    ):
+        with pytest.raises(MoaiError, match=message):
+            train(recipe, quiet=True)
+        assert not Path(recipe.train.out).exists()
+    for key, message in (
+        ("eval.prompts=[a]", "eval.prompts are continued by a language model"),
+        ("embedding.pooling=first", "set embedding.bidirectional=true"),
+        ("embedding.augment=twins", "set embedding.dropout=0.1"),
+        ("embedding.augment_share=0.3", "augment_share does nothing with embedding.augment=none"),
+    ):
+        with pytest.raises(MoaiError, match=message):
+            make(key)
+    with pytest.raises(MoaiError, match="embedding does nothing with loss.type=cross_entropy"):
+        make_recipe("embedding.pooling=last")
+    with pytest.raises(MoaiError, match="holds texts that belong together, and loss.type=cross_entropy"):
+        make_hooks(make_recipe(f"data.valid={related.path}"))
+
+
+def test_adapters_learn_vectors(make: Callable[..., Recipe], make_recipe: MakeRecipe) -> None:
+    pytest.importorskip("peft")
+    start = train(make_recipe("train.steps=1", "optim.lr=0", out="start"), quiet=True)
+    keys = (f"train.init_from={start}", "lora.rank=4", "lora.dropout=0.2", "optim.lr=1e-2")
+    whole = train(make(*keys, out="whole"), quiet=True)
+    broken = make(*keys, "eval.every=1", out="broken")
+    with pytest.raises(Stop):
+        train(broken, hooks=[stop_at(3)], quiet=True)
+    assert same(whole, train(broken, resume=True, quiet=True))
+    assert (whole / "adapter").is_dir() and MoaiForEmbedding.from_pretrained(whole).width == 64
