@@ -250,17 +250,18 @@ def make(make_recipe: MakeRecipe, related: Store) -> Callable[..., Recipe]:
 
 
 def test_a_run_learns_which_texts_belong_together(make: Callable[..., Recipe], related: Store) -> None:
-    recipe = make(f"data.valid={related.path}", "train.steps=12", "optim.lr=3e-3", "eval.every=6", "eval.rows=null",
-                  "loss.params.learned_temperature=true", "embedding.projection=24", "embedding.dropout=0.1")  # fmt: skip
+    recipe = make(f"data.valid={related.path}", "train.steps=40", "optim.lr=1e-3", "eval.every=20", "eval.rows=null",
+                  "loss.params.learned_temperature=true", "embedding.pooling=last", "embedding.projection=24",
+                  name="moai-embed-0.1b-tiny")  # fmt: skip
     last = train(recipe, hooks=make_hooks(recipe), quiet=True)
     rows = read_metrics(Path(recipe.train.out) / "metrics.jsonl")
     steps, evaluations = ([row for row in rows if key in row] for key in ("accuracy", "eval_loss"))
-    assert evaluations[1]["mrr"] > evaluations[0]["mrr"] and evaluations[1]["recall_at_10"] > 0.9
+    assert evaluations[1]["mrr"] > 1.5 * evaluations[0]["mrr"] and evaluations[1]["recall_at_10"] > 0.7
     assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"]
     assert steps[0]["temperature"] == pytest.approx(0.05) and steps[-1]["temperature"] != steps[0]["temperature"]
-    assert {"objective", "aux_loss", "expert_cv", "grad_norm", "pairs"} <= set(steps[-1])
+    assert {"objective", "grad_norm", "pairs"} <= set(steps[-1])
     model = MoaiForEmbedding.from_pretrained(last)
-    assert model.width == 24 and model.settings.dropout == 0.1 and not model.training
+    assert model.width == 24 and model.settings.pooling == "last" and not model.training
 
 
 @pytest.mark.parametrize("augment", ["none", "delete"])
