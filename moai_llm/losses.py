@@ -105,9 +105,9 @@ class PreferenceLoss:
 class ContrastiveLoss:
     """What the vectors of texts are trained by; `training/contrastive.py` says over which of them.
 
-        info_nce   each text must find what belongs to it among all texts of the step (`ops/contrastive.py`)
-        pairwise   what belongs together is drawn close, the rest is pushed apart
-        cosine     (cosine - score)^2, for pairs that somebody graded
+    info_nce   each text must find what belongs to it among all texts of the step (`ops/contrastive.py`)
+    pairwise   what belongs together is drawn close, the rest is pushed apart
+    cosine     (cosine - score)^2, for pairs that somebody graded
     """
 
     kind: Literal["info_nce", "pairwise", "cosine"]

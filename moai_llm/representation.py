@@ -56,7 +56,9 @@ class EmbeddingConfig:
                 "embedding.augment=twins makes pairs that only dropout tells apart: set embedding.dropout=0.1"
             )
         if self.augment_share is not None and self.augment not in ("crop", "delete"):
-            raise ValueError(f"embedding.augment_share does nothing with embedding.augment={self.augment}: leave it out")
+            raise ValueError(
+                f"embedding.augment_share does nothing with embedding.augment={self.augment}: leave it out"
+            )
         if not self.normalize and loss != "info_nce":
             raise ValueError(f"loss.type={loss} compares cosines: leave out embedding.normalize=false")
         if prompts:

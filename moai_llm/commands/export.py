@@ -1,7 +1,9 @@
-"""Write a model for others: a directory of transformers' own class, or a GGUF file for llama.cpp and Ollama.
+"""Write a model for others: a directory of transformers' own class, a GGUF file for llama.cpp and Ollama, or a model
+of vectors for sentence-transformers.
 
 moai export runs/chat --format hf --out exported/chat
 moai export runs/chat --format gguf --dtype q8_0 --out exported/chat-gguf
+moai export runs/vectors --format sentence-transformers --out exported/vectors
 moai export runs/chat --list
 """
 
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model directory or a run (its newest checkpoint); with --list also a preset")
     parser.add_argument(
-        "--format", choices=("hf", "gguf"), help="hf: a directory for transformers; gguf: for llama.cpp"
-    )
+        "--format", choices=("hf", "gguf", "sentence-transformers"),
+        help="hf: a directory for transformers; gguf: for llama.cpp; sentence-transformers: of a model of vectors",
+    )  # fmt: skip
     parser.add_argument(
         "--out", help="what to write: a directory, or with --format gguf a name that ends in .gguf for the file alone"
     )
@@ -55,9 +58,13 @@ def run(arguments: argparse.Namespace) -> None:
         console.print(refusal_table(_config(arguments.model)))
         return
     if not arguments.format or not arguments.out:
-        raise MoaiError("give --format hf or --format gguf, and --out; --list shows what this model can be written as")
-    if arguments.format == "hf" and arguments.split:
+        raise MoaiError("give --format hf, gguf or sentence-transformers, and --out; --list shows what this model can "
+                        "be written as")  # fmt: skip
+    if arguments.format != "gguf" and arguments.split:
         raise MoaiError("--split belongs to --format gguf: transformers reads how text is split in tokenizer.json")
+    if arguments.format == "sentence-transformers":
+        _export_vectors(arguments, console)
+        return
     with stages(console) as progress:
         common = {"dtype": arguments.dtype, "overwrite": arguments.overwrite, "progress": progress}
         if arguments.format == "hf":
@@ -71,6 +78,26 @@ def run(arguments: argparse.Namespace) -> None:
                 arguments.model, arguments.out, architecture=arguments.target, split=arguments.split, **common
             )
     _report(console, made, arguments.dtype)
+
+
+def _export_vectors(arguments: argparse.Namespace, console: Console) -> None:
+    from moai_llm.export.sentence_transformers import TOLERANCE, export_sentence_transformers
+
+    if arguments.dtype != "fp32":
+        raise MoaiError(
+            f"vectors are written in fp32, not in {arguments.dtype}: sentence-transformers rounds by itself"
+        )
+    with stages(console) as progress:
+        made = export_sentence_transformers(
+            arguments.model, arguments.out, family=arguments.target, overwrite=arguments.overwrite, progress=progress
+        )
+    console.print(f"{made.path}: {made.target}, vectors of {made.width} numbers, {made.size / 1e6:,.1f} MB")
+    console.print(
+        f"read again by sentence-transformers, it gives the same vectors: largest difference {made.largest:.1e} over "
+        f"{made.texts} texts, allowed is {TOLERANCE:.0e}"
+    )
+    for note in made.notes:
+        console.print(f"note: {note}")
 
 
 @contextmanager

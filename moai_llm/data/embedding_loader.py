@@ -120,7 +120,9 @@ class EmbeddingLoader(GroupLoader):
                 kept = view(tokens[:-1], self.augment, self.augment_share, generator)
                 tokens = np.append(kept, tokens[-1:])
             known = hashlib.blake2b(whole.astype("<u4").tobytes(), digest_size=8).digest()
-            made.append((tokens, role, float(self.groups.score[document]), int.from_bytes(known, "little", signed=True)))
+            made.append(
+                (tokens, role, float(self.groups.score[document]), int.from_bytes(known, "little", signed=True))
+            )
         return made
 
 

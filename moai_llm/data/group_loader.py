@@ -29,9 +29,7 @@ class GroupLoader(ABC):
 
     packing: Packing
 
-    def __init__(
-        self, store: Store, seq_len: int, seed: int | None, step_rows: int, group: int, pinned: bool
-    ) -> None:
+    def __init__(self, store: Store, seq_len: int, seed: int | None, step_rows: int, group: int, pinned: bool) -> None:
         self.store, self.seq_len, self.seed = store, seq_len, seed
         self.step_rows, self.group, self.pinned = step_rows, group, pinned
         self.pad_id = store.tokenizer().pad_id

@@ -88,7 +88,10 @@ def look(store: Store, seq_len: int, packing: str, overlong: str | None = None, 
     manifest, parts = store.manifest, store.parts()
     lengths = [part.store.lengths() for part in parts]
     others = (name for name in STRATEGIES if every and name != packing)
-    packs = [packing, *(name for name in others if manifest.kind not in ("preference", "embedding") or name != "concat")]
+    packs = [
+        packing,
+        *(name for name in others if manifest.kind not in ("preference", "embedding") or name != "concat"),
+    ]
     rows = [
         [pack_part(part.store, each, seq_len, name, overlong) for part, each in zip(parts, lengths)] for name in packs
     ]

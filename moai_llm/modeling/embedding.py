@@ -159,7 +159,7 @@ class MoaiForEmbedding(MoaiPreTrainedModel):
 
     def _masks(self, seq_idx: Tensor) -> dict[str, Tensor]:
         """For attention both ways: who looks at whom, (B, 1, L, L)."""
-        same = (seq_idx[:, None, :, None] == seq_idx[:, None, None, :])
+        same = seq_idx[:, None, :, None] == seq_idx[:, None, None, :]
         place = torch.arange(seq_idx.shape[1], device=seq_idx.device)
         near = (place[:, None] - place[None, :]).abs() < (self.config.sliding_window or 1)
         return {kind: same if kind == "full_attention" else same & near for kind in MASKS}

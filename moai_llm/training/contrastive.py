@@ -92,9 +92,7 @@ class Contrastive:
         tokens = sum(int((batch["seq_idx"] < batch["role"].shape[1]).sum()) for batch in batches)
         return Counts(int(_targets(self.loss, Texts.joined(texts)).sum()), tokens)
 
-    def look_ahead(
-        self, model: Any, parts: Sequence[tuple[Batch, Tensor]], precision: Precision
-    ) -> None:
+    def look_ahead(self, model: Any, parts: Sequence[tuple[Batch, Tensor]], precision: Precision) -> None:
         """The first pass, where there are several micro-batches."""
         model.bound_scale()
         self._planned.clear()

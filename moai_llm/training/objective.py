@@ -51,9 +51,7 @@ class Objective(Protocol):
 
     def count(self, batches: Sequence[Batch]) -> Counts: ...
 
-    def look_ahead(
-        self, model: Any, parts: Sequence[tuple[Batch, Tensor]], precision: Precision
-    ) -> None:
+    def look_ahead(self, model: Any, parts: Sequence[tuple[Batch, Tensor]], precision: Precision) -> None:
         """Called before the first `forward` of a step with all its micro-batches and their noise keys, for a loss in
         which each of them depends on all.
         """

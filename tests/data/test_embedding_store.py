@@ -74,7 +74,10 @@ def test_columns_of_others(columns: dict[str, object], expected: Related) -> Non
     [
         ({"foo": "a"}, "it has foo. Name the columns, as in --map anchor=question"),
         ({"query": "a", "pos": [3]}, "'pos' is a number, not a text"),
-        ({"sentence1": "a", "sentence2": "b", "score": 4.2}, "grades lie from 0 to 1: say the largest with --score-max"),
+        (
+            {"sentence1": "a", "sentence2": "b", "score": 4.2},
+            "grades lie from 0 to 1: say the largest with --score-max",
+        ),
         ({"sentence1": "a", "sentence2": "b", "score": "high"}, "'score' is text, not a number"),
         ({"premise": "a", "hypothesis": "b", "label": 2}, "premises from which the hypothesis does not follow"),
     ],
@@ -130,7 +133,11 @@ def test_a_function_of_the_users(tmp_path: Path, tokenizer: Tokenizer, monkeypat
     assert texts == ["deposit 0", "DEPOSIT 0", "deposit 1", "DEPOSIT 1", "deposit 2", "DEPOSIT 2", "q", "p"]
     with pytest.raises(MoaiError, match="of 2 texts it made 1, which must be as many"):
         Augmenter("mine_for_test:bad")([Related("a"), Related("b")])
-    for name, message in (("nothing_there:f", "No module"), ("mine_for_test:f", "no function 'f'"), ("f", "module:func")):
+    for name, message in (
+        ("nothing_there:f", "No module"),
+        ("mine_for_test:f", "no function 'f'"),
+        ("f", "module:func"),
+    ):
         with pytest.raises(MoaiError, match=message):
             EmbeddingOptions(augment=name)
 

@@ -17,7 +17,10 @@ from moai_llm.evaluation.tfidf import tfidf_scores
 def test_retrieval_by_sorting(seed: int) -> None:
     """Each query sorted in full, with scores that often tie."""
     generator = np.random.default_rng(seed)
-    queries, documents = generator.integers(-2, 3, (13, 3)).astype(float), generator.integers(-2, 3, (29, 3)).astype(float)
+    queries, documents = (
+        generator.integers(-2, 3, (13, 3)).astype(float),
+        generator.integers(-2, 3, (29, 3)).astype(float),
+    )
     relevant = [sorted(set(generator.integers(0, 29, generator.integers(0, 5)).tolist())) for _ in range(13)]
     found = retrieval(queries, documents, relevant, (1, 3, 10))
     recalls: dict[int, list[float]] = {1: [], 3: [], 10: []}

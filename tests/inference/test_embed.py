@@ -19,7 +19,14 @@ from moai_llm.tokenizer import Tokenizer
 from tests.commands.conftest import Moai, fails, moai  # noqa: F401
 from tests.conftest import tiny_config, tiny_model
 
-TEXTS = ["interest", "The bank pays interest on a deposit every year.", "", "은행 이자가 붙어요. " * 9, "a b", "銀行の利息"]
+TEXTS = [
+    "interest",
+    "The bank pays interest on a deposit every year.",
+    "",
+    "은행 이자가 붙어요. " * 9,
+    "a b",
+    "銀行の利息",
+]
 
 
 def make_embedder(folder: Path, tokenizer: Tokenizer, mixer: str = "full_attention", **embedding: object) -> Path:
@@ -46,7 +53,9 @@ def embedder(path: Path) -> Embedder:
 
 @pytest.mark.parametrize("mixer", ["full_attention", "linear_attention"])
 @pytest.mark.parametrize("pooling", ["mean", "last"])
-def test_a_vector_does_not_depend_on_its_neighbours(tmp_path: Path, tokenizer: Tokenizer, mixer: str, pooling: str) -> None:
+def test_a_vector_does_not_depend_on_its_neighbours(
+    tmp_path: Path, tokenizer: Tokenizer, mixer: str, pooling: str
+) -> None:
     embedder = load_embedder(make_embedder(tmp_path, tokenizer, mixer, pooling=pooling, projection=12), "cpu", "fp32")
     done: list[int] = []
     together = embed(embedder, TEXTS, batch_tokens=80, progress=done.append)
@@ -60,7 +69,9 @@ def test_a_vector_does_not_depend_on_its_neighbours(tmp_path: Path, tokenizer: T
 def test_long_texts_lose_their_end(embedder: Embedder, tokenizer: Tokenizer) -> None:
     long, ids = "deposit " * 100, embedder.encode(["deposit " * 100, "a"], 9)
     assert len(ids[0]) == 9 and ids[0][-1] == ids[1][-1] == tokenizer.eos_id
-    assert np.allclose(embed(embedder, [long], max_length=9), embed(embedder, [tokenizer.decode(ids[0][:-1])]), atol=1e-6)
+    assert np.allclose(
+        embed(embedder, [long], max_length=9), embed(embedder, [tokenizer.decode(ids[0][:-1])]), atol=1e-6
+    )
     assert len(embedder.encode([long * 9])[0]) == 64  # what the model was made for
     assert embed(embedder, []).shape == (0, 32)
 
@@ -91,7 +102,9 @@ def test_hard_negatives(embedder: Embedder) -> None:
         anchor, new = embed(embedder, [before.anchor])[0], after.wrong[len(before.wrong) :]
         allowed = [t for t in texts if t not in same[before.right[0]] and t not in before.wrong]
         best = sorted(allowed, key=lambda t: -float(known[t] @ anchor))[:3]
-        assert [float(known[t] @ anchor) for t in new] == pytest.approx([float(known[t] @ anchor) for t in best], abs=1e-5)
+        assert [float(known[t] @ anchor) for t in new] == pytest.approx(
+            [float(known[t] @ anchor) for t in best], abs=1e-5
+        )
         assert after.right == before.right and not set(new) & same[before.right[0]]
     strict = list(mine(embedder, records, count=12, margin=0.0))
     for before, after in zip(records, strict):
@@ -122,7 +135,9 @@ def test_the_commands(path: Path, tmp_path: Path, moai: Moai, fails: Moai) -> No
     assert "8 queries, 8 documents" in said and "TF-IDF" in said and "chance" in said
     assert set(json.loads((tmp_path / "r.json").read_text())) == {str(path), "TF-IDF"}
     assert "8 pairs" in (said := moai("eval", "sts", path, file, "--beside", path, *common)) and "Spearman" in said
-    said = moai("data", "mine", file, "--model", path, "--out", tmp_path / "m.jsonl", "--count", 2, "--margin", -2, *common)
+    said = moai(
+        "data", "mine", file, "--model", path, "--out", tmp_path / "m.jsonl", "--count", 2, "--margin", -2, *common
+    )
     assert "8 records, 16 wrong answers added" in said
     assert len(json.loads((tmp_path / "m.jsonl").read_text().splitlines()[0])["negative"]) == 2
     moai("data", "prepare", tmp_path / "m.jsonl", "--embedding", "--tokenizer", path, "--out", tmp_path / "store")
@@ -135,7 +150,10 @@ def test_the_commands(path: Path, tmp_path: Path, moai: Moai, fails: Moai) -> No
         (("eval", "retrieval", path, tmp_path / "t.jsonl"), "none of the records has a right answer"),
         (("data", "mine", tmp_path / "t.jsonl", "--model", path, "--out", tmp_path / "x.jsonl"), "none of the records"),
         (("embed", path, file, "--out", tmp_path / "w.npy", "--max-length", 1), "a text has two tokens at least"),
-        (("data", "prepare", file, "--embedding", "--learn", "last", "--tokenizer", path, "--out", "x"), "--learn is for"),
+        (
+            ("data", "prepare", file, "--embedding", "--learn", "last", "--tokenizer", path, "--out", "x"),
+            "--learn is for",
+        ),
         (("data", "prepare", file, "--score-max", 5, "--tokenizer", path, "--out", "x"), "nothing without --embedding"),
     ):
         assert message in fails(*arguments)

@@ -29,9 +29,7 @@ def masks(n: int, m: int, several: bool) -> tuple[Tensor, Tensor]:
     return positive, excluded
 
 
-def reference(
-    scores: Tensor, positive: Tensor, excluded: Tensor, margin: float, scale: float, inside: bool
-) -> Tensor:
+def reference(scores: Tensor, positive: Tensor, excluded: Tensor, margin: float, scale: float, inside: bool) -> Tensor:
     """One query and one right answer at a time, by the letter of the papers."""
     rows = []
     for s, right, out in zip(scores, positive.tolist(), excluded.tolist()):
@@ -138,7 +136,11 @@ def test_dropout_by_key() -> None:
 def _ranked(rank: int, world: int, file: str, out: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=world)
     torch.set_num_threads(1)
-    x = torch.arange(5.0, dtype=torch.float64).repeat_interleave(3).view(5, 3)[slice(0, 2) if rank == 0 else slice(2, 5)]
+    x = (
+        torch.arange(5.0, dtype=torch.float64)
+        .repeat_interleave(3)
+        .view(5, 3)[slice(0, 2) if rank == 0 else slice(2, 5)]
+    )
     x = (x + 1).requires_grad_()
     everything = gather_rows(x)
     ((everything**2).sum() * (rank + 1) + (x**3).sum()).backward()

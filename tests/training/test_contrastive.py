@@ -43,7 +43,9 @@ def related(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> S
     return prepare_related(tmp_path_factory.mktemp("related"), tokenizer)
 
 
-def vector_model(mixer: str = "full_attention", mlp: str = "dense", seed: int = 0, **embedding: object) -> MoaiForEmbedding:
+def vector_model(
+    mixer: str = "full_attention", mlp: str = "dense", seed: int = 0, **embedding: object
+) -> MoaiForEmbedding:
     torch.manual_seed(seed)
     config = tiny_config(mixer, mlp, vocab_size=512, embedding=embedding, router_z_loss_coef=0.01)
     return MoaiForEmbedding(config).double()
@@ -77,7 +79,9 @@ def by_hand(model: MoaiForEmbedding, batch: dict[str, Tensor], temperature: floa
             if batch["role"][row, k]:
                 ids = batch["input_ids"][row][batch["seq_idx"][row] == k]
                 vector = model(ids[None]).embeddings[0]
-                texts.append((int(batch["record"][row, k]), int(batch["role"][row, k]), int(batch["text"][row, k]), vector))
+                texts.append(
+                    (int(batch["record"][row, k]), int(batch["role"][row, k]), int(batch["text"][row, k]), vector)
+                )
     same: dict[int, set[int]] = {}
     for record, role, text, _ in texts:
         if role < 3:
@@ -288,7 +292,9 @@ def test_from_a_language_model_and_on(make: Callable[..., Recipe], make_recipe: 
     ours, theirs = load_file(first / "model.safetensors"), load_file(start / "model.safetensors")
     assert set(theirs) - set(ours) <= {"lm_head.weight"}
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    second = train(make(f"train.init_from={first}", "embedding.pooling=last", "train.steps=1", out="second"), quiet=True)
+    second = train(
+        make(f"train.init_from={first}", "embedding.pooling=last", "train.steps=1", out="second"), quiet=True
+    )
     assert MoaiForEmbedding.from_pretrained(second).settings.pooling == "last"
 
 
@@ -300,7 +306,10 @@ def test_losses_and_stores_that_do_not_fit(
         (make(f"data.train={store}"), "holds text, not texts that belong together"),
         (make("data.packing=concat"), "would cut texts apart"),
         (make("loss.params.temperature=0.001"), "temperature 0.001 is below 0.01"),
-        (make(f"data.train=[{{store: {related.path}, weight: 1}}, {{store: {store}, weight: 1}}]"), "one store of texts"),
+        (
+            make(f"data.train=[{{store: {related.path}, weight: 1}}, {{store: {store}, weight: 1}}]"),
+            "one store of texts",
+        ),
     ):
         with pytest.raises(MoaiError, match=message):
             train(recipe, quiet=True)
