@@ -30,7 +30,7 @@ class EmbeddingConfig:
     augment_share: Beta | None = None
 
     def check(
-        self, loss: str, params: Mapping[str, float] = {}, adapters: int = 0, prompts: Collection[str] = ()  # noqa: B006
+        self, loss: str, params: Mapping[str, float] = {}, adapters: int = 0, prompts: Collection[str] = ()
     ) -> None:  # fmt: skip
         """What a type cannot say.
 
@@ -69,5 +69,5 @@ class EmbeddingConfig:
         if adapters and (self.projection or params.get("learned_temperature")):
             new = "embedding.projection" if self.projection else "loss.params.learned_temperature"
             raise ValueError(
-                f"lora.rank={adapters} trains adapters alone, and {new} makes weights that are new: leave one of them out"
+                f"lora.rank={adapters} trains adapters alone, and {new} makes new weights: leave one of them out"
             )

@@ -29,6 +29,7 @@ COUNTS = {
     "khanh-692m": 692_196_408,
     "moai-hybrid-1.7b": 1_679_410_464,
     "moai-hybrid-moe-0.8b": 778_971_264,
+    "moai-embed-0.1b": 100_094_208,
     "quickstart": 5_039_968,
 }
 TINY = [name for name in recipes.list_recipes() if name.endswith("-tiny")]

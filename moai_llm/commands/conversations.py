@@ -33,7 +33,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--score-max", type=float, metavar="N", help="with --embedding: the largest grade (default 1)")
     parser.add_argument(
         "--augment", metavar="MODULE:FUNCTION",
-        help="with --embedding: your function from texts to as many, which makes what belongs to a text that stands alone",
+        help="with --embedding: your function from texts to as many, what belongs to texts that stand alone",
     )  # fmt: skip
     parser.add_argument("--learn", choices=("all", "last"), help="of a conversation, which answers (default all)")
     parser.add_argument(

@@ -30,7 +30,7 @@ OPEN, CLOSE = "⟦", "⟧"
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", help="a prepared store")
     parser.add_argument(
-        "row", type=int, nargs="?", help="which row, preference pair or record of texts, counted from 0 (default 0)"
+        "row", type=int, nargs="?", help="which row, preference pair or record of texts, from 0 (default 0)"
     )
     parser.add_argument("--document", type=int, metavar="N", help="show this document instead of a row")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens in a row (default 256)")

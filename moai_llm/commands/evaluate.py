@@ -15,7 +15,7 @@ VECTORS = {
     "retrieval": (
         eval_embedding.configure_retrieval, eval_embedding.run_retrieval, "how well vectors find what belongs together"
     ),
-    "sts": (eval_embedding.configure_sts, eval_embedding.run_sts, "how well vectors follow the grades of sentence pairs"),
+    "sts": (eval_embedding.configure_sts, eval_embedding.run_sts, "how well vectors follow the grades of pairs"),
 }  # fmt: skip
 
 

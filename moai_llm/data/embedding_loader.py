@@ -1,4 +1,4 @@
-"""Batches of packed records of texts that belong together, with the laws of `loader.py`: a pure function of (seed, step).
+"""Batches of packed records of texts that belong together, a pure function of (seed, step) as those of `loader.py`.
 
 A record stays together: its texts are documents of the same row, the anchor first. A step has the same number of tokens
 as any other, so how many records it holds depends on their lengths. A text that stands alone gets its right answer
@@ -63,8 +63,8 @@ class EmbeddingLoader(GroupLoader):
         self.alone = rights == 0
         if self.alone.any() and augment == "none":
             raise MoaiError(
-                f"{store.path}: {int(self.alone.sum()):,} of {len(first):,} records hold no right answer: let two views "
-                "of the text belong together, embedding.augment=crop, or prepare pairs"
+                f"{store.path}: {int(self.alone.sum()):,} of {len(first):,} records hold no right answer: let two "
+                "views of the text belong together, embedding.augment=crop, or prepare pairs"
             )
         lengths = store.lengths()
         total = np.add.reduceat(lengths, first)
@@ -85,7 +85,7 @@ class EmbeddingLoader(GroupLoader):
         size = self.seq_len
         ids = np.full(size, self.pad_id, dtype=np.int64)
         positions, documents = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int32)
-        of_texts = {
+        of_texts: dict[str, np.ndarray] = {
             "record": np.full(self.most, -1, np.int64), "role": np.zeros(self.most, np.int64),
             "score": np.full(self.most, -1, np.float32), "text": np.zeros(self.most, np.int64),
         }  # fmt: skip

@@ -102,7 +102,7 @@ def read_related(
 
 
 def read_one(
-    columns: Mapping[str, Any], named: Collection[str] = (), options: EmbeddingOptions = EmbeddingOptions()  # noqa: B008
+    columns: Mapping[str, Any], named: Collection[str] = (), options: EmbeddingOptions = EmbeddingOptions()
 ) -> Related:  # fmt: skip
     """A record's texts.
 
@@ -220,4 +220,4 @@ def load_function(name: str) -> Callable[[list[str]], Sequence[str]]:
         sys.path.remove(here)
     if not callable(found):
         raise MoaiError(f"--augment {name}: {module} has no function {function!r}")
-    return found  # type: ignore[no-any-return]
+    return found

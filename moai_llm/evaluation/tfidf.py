@@ -25,8 +25,8 @@ def tfidf_scores(queries: Sequence[str], documents: Sequence[str]) -> np.ndarray
     scores = np.zeros((len(queries), len(documents)))
     for row, text in zip(scores, queries):
         for gram, value in _weighted(_grams(text), weight).items():
-            numbers, values = arrays[gram]
-            row[numbers] += value * values
+            where, weights = arrays[gram]
+            row[where] += value * weights
     return scores
 
 

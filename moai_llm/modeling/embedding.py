@@ -102,7 +102,7 @@ class MoaiForEmbedding(MoaiPreTrainedModel):
 
     @torch.no_grad()
     def bound_scale(self) -> None:
-        """Bring a learned temperature back that a step took below 0.01, as CLIP does: the gradient stays alive there."""
+        """Bring a learned temperature back that a step took below 0.01, as CLIP does: its gradient stays alive."""
         if self.log_scale is not None:
             self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
 
@@ -174,11 +174,12 @@ def load_for_vectors(path: str | Path, settings: Settings | None = None, **optio
     Raises:
         MoaiError: it cannot be loaded, or its projection has another width than the settings say.
     """
-    given = {} if settings is None else {"embedding": settings.to_dict()}
+    given: dict[str, Any] = {} if settings is None else {"embedding": settings.to_dict()}
+    given = {"dtype": torch.float32, **options, **given}
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # what a language model lacks is new, as it should be
     try:
-        return MoaiForEmbedding.from_pretrained(path, **{"dtype": torch.float32, **options}, **given)
+        return MoaiForEmbedding.from_pretrained(path, **given)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise MoaiError(f"{path} cannot be loaded as a model that makes vectors: {error}") from None
     finally:

@@ -3,8 +3,8 @@
 Every text is compared with all of the step, over all its micro-batches, so a step cannot be cut into sums as other
 losses can. It goes twice through the model instead (GradCache, arXiv 2101.06983): once without gradients for the
 vectors, whose gradient the loss then gives, and once more, a micro-batch at a time, to carry that gradient on. Memory
-for activations is that of one micro-batch, and the step is the step of one big batch, dropout included: what is drawn in
-the first pass is drawn again in the second.
+for activations is that of one micro-batch, and the step is the step of one big batch, dropout included: what is drawn
+in the first pass is drawn again in the second.
 """
 
 from __future__ import annotations

@@ -35,14 +35,14 @@ def open_data(
     if data.pin_memory and device.type != "cuda":
         raise MoaiError(f"data.pin_memory=true is for a CUDA device, and this run is on {device}: leave it out")
     pinned = device.type == "cuda" if data.pin_memory is None else data.pin_memory
-    make: Callable[..., Loader | PairLoader | EmbeddingLoader] = {
+    loaders: dict[Reads, Callable[..., Loader | PairLoader | EmbeddingLoader]] = {
         "rows": Loader, "preference": PairLoader, "embedding": partial(
             EmbeddingLoader, augment=recipe.embedding.augment, augment_share=recipe.embedding.augment_share
         ),
-    }[reads]  # fmt: skip
-    loader = make(
-        open_stages(data) if reads == "rows" else _one_store(recipe), data.seq_len, recipe.train.seed, packing=data.packing,
-        overlong=data.overlong, step_rows=step_rows, pinned=pinned,
+    }  # fmt: skip
+    loader = loaders[reads](
+        open_stages(data) if reads == "rows" else _one_store(recipe), data.seq_len, recipe.train.seed,
+        packing=data.packing, overlong=data.overlong, step_rows=step_rows, pinned=pinned,
     )  # fmt: skip
     for rows in loader.sources:
         packing = rows.packing

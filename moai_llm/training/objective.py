@@ -16,7 +16,6 @@ from moai_llm.losses import shift_labels
 from moai_llm.modeling.model import MoaiForCausalLM, MoaiModelOutput, router_loss
 from moai_llm.training.precision import Precision
 
-
 Reads = Literal["rows", "preference", "embedding"]
 
 

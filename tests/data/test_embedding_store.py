@@ -76,7 +76,7 @@ def test_columns_of_others(columns: dict[str, object], expected: Related) -> Non
         ({"query": "a", "pos": [3]}, "'pos' is a number, not a text"),
         (
             {"sentence1": "a", "sentence2": "b", "score": 4.2},
-            "grades lie from 0 to 1: say the largest with --score-max",
+            "grades lie from 0 to 1: say the largest",
         ),
         ({"sentence1": "a", "sentence2": "b", "score": "high"}, "'score' is text, not a number"),
         ({"premise": "a", "hypothesis": "b", "label": 2}, "premises from which the hypothesis does not follow"),
