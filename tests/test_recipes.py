@@ -80,7 +80,8 @@ def test_the_twin_learns(name: str) -> None:
 
 def test_dump_and_load_give_the_same_recipe(tmp_path: Path) -> None:
     for name in recipes.list_recipes():
-        recipe = recipes.load(name, ["train.out=x y", "eval.prompts=[한국어, 'a: b']"])
+        prompts = [] if recipes.load(name).loss.type == "info_nce" else ["eval.prompts=[한국어, 'a: b']"]
+        recipe = recipes.load(name, ["train.out=x y", *prompts])
         file = tmp_path / "recipe.yaml"
         file.write_text(recipes.dump(recipe), encoding="utf-8")
         assert recipes.load(file) == recipe
