@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,9 @@ from moai_llm.runtime import MoaiError, make_console, require
 if TYPE_CHECKING:
     import numpy as np
     from rich.console import Console
+
+
+EVERY = 10.0  # seconds between two lines of progress where there is no terminal
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -89,12 +93,22 @@ def warn_untrained(console: Console, embedder: Any) -> None:
 
 @contextmanager
 def progress_of(console: Console, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, elsewhere nothing until it is through."""
+    """A bar on a terminal, elsewhere a line now and then."""
     from rich.progress import Progress
 
+    done, said = 0, time.monotonic()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as shown:
         task = shown.add_task("texts", total=total)
-        yield lambda count: shown.advance(task, count)
+
+        def advance(count: int) -> None:
+            nonlocal done, said
+            done += count
+            shown.advance(task, count)
+            if not console.is_terminal and time.monotonic() - said > EVERY and done < total:
+                said = time.monotonic()
+                console.print(f"{done:,} of {total:,} texts")
+
+        yield advance
 
 
 @contextmanager

@@ -144,6 +144,7 @@ def test_the_commands(path: Path, tmp_path: Path, moai: Moai, fails: Moai) -> No
     said = moai("data", "show", tmp_path / "store", 3)
     assert "anchor: " in said and "right, grade 0.30" in said and "wrong: " in said
     assert "records cut" in moai("data", "info", tmp_path / "store")
+    assert "it makes vectors of texts" in moai("doctor", path, "--device", "cpu")
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n')
     for arguments, message in (
         (("eval", "sts", path, tmp_path / "t.jsonl"), "fewer than two pairs have a grade"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,8 +16,11 @@ from torch import Tensor, nn
 
 from moai_llm.commands.train import make_hooks
 from moai_llm.data.embedding_loader import EmbeddingLoader
+from moai_llm.data.embedding_records import read_one
 from moai_llm.data.prepare import prepare
 from moai_llm.data.shards import Store
+from moai_llm.evaluation.embedding import as_search, evaluate_texts
+from moai_llm.evaluation.ranking import retrieval
 from moai_llm.losses import create_loss_function
 from moai_llm.modeling.embedding import MoaiForEmbedding
 from moai_llm.recipe import OptimConfig, Recipe
@@ -266,6 +271,27 @@ def test_a_run_learns_which_texts_belong_together(make: Callable[..., Recipe], r
     assert {"objective", "grad_norm", "pairs"} <= set(steps[-1])
     model = MoaiForEmbedding.from_pretrained(last)
     assert model.width == 24 and model.settings.pooling == "last" and not model.training
+
+
+def test_evaluations_are_those_of_the_command(related: Store, tokenizer: Tokenizer) -> None:
+    """The texts of a store in packed rows, against its records read again and one vector for each text."""
+    model, batches = vector_model().eval(), list(EmbeddingLoader(related, 96, seed=None).epoch(3))
+    found = evaluate_texts(objective(), model, batches, PRECISION)
+    with related.path.with_suffix(".jsonl").open(encoding="utf-8") as file:
+        records = [read_one(json.loads(line)) for line in file]
+    search = as_search(records)
+
+    def vectors(texts: list[str]) -> np.ndarray:
+        ids = [torch.tensor([[*tokenizer.encode(text), tokenizer.eos_id]]) for text in texts]
+        with torch.no_grad():
+            return np.stack([model(each).embeddings[0].numpy() for each in ids])
+
+    right = retrieval(vectors(search.queries), vectors(search.documents), search.relevant, (1, 10))
+    assert right.queries == 40 and found["mrr"] == pytest.approx(right.mrr, rel=1e-6)
+    assert (found["recall_at_1"], found["recall_at_10"]) == pytest.approx((right.recall[1], right.recall[10]), rel=1e-6)
+    whole = EmbeddingLoader(related, 4096, seed=None).rows(0, 1)
+    loss = objective().forward(model, whole, Counts(40, 1)).loss.item()
+    assert found["eval_loss"] == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("augment", ["none", "delete"])
