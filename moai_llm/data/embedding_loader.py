@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moai_llm.data.augment import Augment, view
-from moai_llm.data.embedding_store import ANCHOR, RIGHT, read_groups
+from moai_llm.data.embedding_store import ANCHOR, RIGHT, WRONG, read_groups
 from moai_llm.data.group_loader import GroupLoader
 from moai_llm.data.loader import Batch
 from moai_llm.data.packing import Packing, pack
@@ -77,6 +77,11 @@ class EmbeddingLoader(GroupLoader):
             raise MoaiError(f"{store.path}: no record fits into a row of {seq_len} tokens: raise data.seq_len")
         held = np.where(self.alone, last - first + 1, last - first)[self.packing.document]
         self.most = int(np.add.reduceat(held, self.packing.row_starts[:-1]).max())  # texts in a row
+
+    @property
+    def tells_apart(self) -> bool:
+        """Whether something says which texts do not belong together."""
+        return bool((self.groups.role == WRONG).any() or (self.groups.score >= 0).any())
 
     def row(self, index: int, position: int | None = None) -> Batch:
         """One packed row: input_ids, position_ids and seq_idx, each (seq_len,), and of its texts, each (most,): record

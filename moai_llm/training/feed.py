@@ -44,6 +44,11 @@ def open_data(
         open_stages(data) if reads == "rows" else _one_store(recipe), data.seq_len, recipe.train.seed,
         packing=data.packing, overlong=data.overlong, step_rows=step_rows, pinned=pinned,
     )  # fmt: skip
+    if isinstance(loader, EmbeddingLoader) and recipe.loss.type != "info_nce" and not loader.tells_apart:
+        raise MoaiError(
+            f"{loader.store.path} holds right answers alone, and loss.type={recipe.loss.type} would make all vectors the "
+            "same: prepare grades or wrong answers (`moai data mine`), or set loss.type=info_nce"
+        )
     for rows in loader.sources:
         packing = rows.packing
         if packing.dropped_tokens:

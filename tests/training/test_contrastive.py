@@ -327,7 +327,11 @@ def test_from_a_language_model_and_on(make: Callable[..., Recipe], make_recipe: 
 def test_losses_and_stores_that_do_not_fit(
     make: Callable[..., Recipe], make_recipe: MakeRecipe, store: Path, related: Store
 ) -> None:
+    alone = related.path.with_name("alone.jsonl")
+    alone.write_text("".join(f'{{"query": "deposit {i}", "pos": "paid {i}"}}\n' for i in range(9)))
+    prepare([alone], related.tokenizer(), alone.with_suffix(""), kind="embedding", overwrite=True)
     for recipe, message in (
+        (make(f"data.train={alone.with_suffix('')}", "loss.type=pairwise"), "would make all vectors the same"),
         (make_recipe(f"data.train={related.path}"), "for vectors: train on it with loss.type=info_nce"),
         (make(f"data.train={store}"), "holds text, not texts that belong together"),
         (make("data.packing=concat"), "would cut texts apart"),
