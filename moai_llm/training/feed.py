@@ -46,8 +46,8 @@ def open_data(
     )  # fmt: skip
     if isinstance(loader, EmbeddingLoader) and recipe.loss.type != "info_nce" and not loader.tells_apart:
         raise MoaiError(
-            f"{loader.store.path} holds right answers alone, and loss.type={recipe.loss.type} would make all vectors the "
-            "same: prepare grades or wrong answers (`moai data mine`), or set loss.type=info_nce"
+            f"{loader.store.path} holds right answers alone, and loss.type={recipe.loss.type} would make all vectors "
+            "the same: prepare grades or wrong answers (`moai data mine`), or set loss.type=info_nce"
         )
     for rows in loader.sources:
         packing = rows.packing
