@@ -49,8 +49,8 @@ def test_what_cannot_be_tested_is_said(fails: Moai, tmp_path: Path) -> None:
 
 def test_a_resume_that_goes_wrong_is_found(fails: Moai, temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control: the optimizer's state is not restored."""
-    from moai_llm.training import checkpoint
+    from moai_llm.training import state
 
-    monkeypatch.setattr(checkpoint, "_load_optimizer", lambda *_: None)
+    monkeypatch.setattr(state, "_load_optimizer", lambda *_: None)
     assert "has other weights than one that did not" in fails("train", "moai-hybrid-moe-0.8b", "--test")
     assert not list(temporary.iterdir())
