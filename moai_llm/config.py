@@ -56,6 +56,7 @@ class MoaiConfig(Architecture, PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     use_cache: bool = True
+    embedding: dict[str, Any] | None = None  # of a model that makes vectors, see modeling/embedding.py
 
     def __post_init__(self, **kwargs: Any) -> None:
         if self.layer_types is None and LEGACY_KEYS.keys() & kwargs:
@@ -73,7 +74,7 @@ class MoaiConfig(Architecture, PreTrainedConfig):
         super().__post_init__(**kwargs)
         if not self.rotates:
             self.rope_parameters = None  # transformers fills in a default that no layer would read
-        import_module("moai_llm.modeling.model")  # who has a config may ask an Auto class for its model
+        import_module("moai_llm.modeling.embedding")  # who has a config may ask an Auto class for its model
 
     def validate_layer_type(self) -> None:
         """Replaces transformers' check, which does not know `none`; `Architecture.resolve` has checked both lists."""

@@ -1,4 +1,4 @@
-"""Training losses by name: of the next token, of a teacher's distribution, of pairs of answers.
+"""Training losses by name: of the next token, of a teacher's distribution, of pairs of answers, of vectors of texts.
 
 Those over a vocabulary are computed from hidden states, without holding logits; the first also from logits.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +101,29 @@ class PreferenceLoss:
         return PairLosses(objective, preference.detach(), *(self.beta * ratios.detach()).unbind(1))
 
 
+@dataclass(frozen=True)
+class ContrastiveLoss:
+    """What the vectors of texts are trained by; `training/contrastive.py` says over which of them.
+
+    info_nce   each text must find what belongs to it among all texts of the step (`ops/contrastive.py`)
+    pairwise   what belongs together is drawn close, the rest is pushed apart
+    cosine     (cosine - score)^2, for pairs that somebody graded
+    """
+
+    kind: Literal["info_nce", "pairwise", "cosine"]
+    temperature: float = 0.05
+    learned_temperature: bool = False
+    symmetric: bool = True  # right answers must find their anchor, too
+    inside: bool = False
+    margin: float = 2.0
+    mask_equal: bool = True  # texts known to mean the same are no wrong answers
+    positive_score: float = 0.5  # a graded pair is a right answer from here on
+
+    @property
+    def scale(self) -> float:
+        return 1 / self.temperature
+
+
 def _plain(z_weight: float = 0.0) -> Loss:
     return Loss(Objective(z=z_weight))
 
@@ -153,6 +176,34 @@ def _simpo(beta: float = 2.0, gamma: float = 1.0, sft_weight: float = 0.0) -> Pr
     return PreferenceLoss(beta, 0.0, sft_weight, True, gamma, needs_reference=False)
 
 
+def _info_nce(
+    temperature: float = 0.05,
+    learned_temperature: bool = False,
+    symmetric: bool = True,
+    positives_inside: bool = False,
+    false_negative_margin: float = 2.0,
+    mask_equal_texts: bool = True,
+    positive_score: float = 0.5,
+) -> ContrastiveLoss:
+    _above_zero(temperature=temperature)
+    _at_least(0, false_negative_margin=false_negative_margin)
+    if temperature < 0.01:
+        raise ValueError(f"temperature {temperature} is below 0.01, where a loss of cosines is all or nothing")
+    return ContrastiveLoss(
+        "info_nce", temperature, bool(learned_temperature), bool(symmetric), bool(positives_inside),
+        false_negative_margin, bool(mask_equal_texts), positive_score,
+    )  # fmt: skip
+
+
+def _pairwise(margin: float = 0.5) -> ContrastiveLoss:
+    _above_zero(margin=margin)
+    return ContrastiveLoss("pairwise", margin=margin)
+
+
+def _cosine() -> ContrastiveLoss:
+    return ContrastiveLoss("cosine")
+
+
 def _at_least(least: float, **values: float) -> None:
     for name, value in values.items():
         if value < least:
@@ -165,7 +216,8 @@ def _above_zero(**values: float) -> None:
             raise ValueError(f"{name} {value} is not above 0")
 
 
-LOSSES: dict[str, Callable[..., Loss | DistillationLoss | PreferenceLoss]] = {
+AnyLoss = Loss | DistillationLoss | PreferenceLoss | ContrastiveLoss
+LOSSES: dict[str, Callable[..., AnyLoss]] = {
     "cross_entropy": _plain,
     "focal": _focal,
     "label_smoothing": _smoothed,
@@ -174,14 +226,17 @@ LOSSES: dict[str, Callable[..., Loss | DistillationLoss | PreferenceLoss]] = {
     "dpo": _dpo,
     "ipo": _ipo,
     "simpo": _simpo,
+    "info_nce": _info_nce,
+    "pairwise": _pairwise,
+    "cosine": _cosine,
 }
 
 
-def create_loss_function(config: dict[str, Any]) -> Loss | DistillationLoss | PreferenceLoss:
+def create_loss_function(config: dict[str, Any]) -> AnyLoss:
     """{"type": "multi_objective", "params": {"ce_weight": 0.6, ...}} -> Loss.
 
     Types: cross_entropy, focal, label_smoothing and multi_objective make a `Loss`, distillation a `DistillationLoss`,
-    dpo, ipo and simpo a `PreferenceLoss`.
+    dpo, ipo and simpo a `PreferenceLoss`, info_nce, pairwise and cosine a `ContrastiveLoss`.
 
     Raises:
         ValueError: an unknown type or parameter, or a value out of range.

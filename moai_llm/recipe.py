@@ -18,6 +18,7 @@ from moai_llm.architecture import Architecture
 from moai_llm.bounds import Count, Positive
 from moai_llm.mixture import SourceConfig, StageConfig, check_stages, of_the_meant_type, place_of, with_sources
 from moai_llm.optimization import ClipConfig, GroupRule, LoraConfig, OptimConfig, ScheduleConfig
+from moai_llm.representation import EmbeddingConfig
 from moai_llm.runtime import MoaiError, did_you_mean
 from moai_llm.synonyms import ELSEWHERE
 
@@ -36,7 +37,13 @@ LOSS_PARAMS = {
     "dpo": ["beta", "label_smoothing", "sft_weight", "length_normalized"],
     "ipo": ["beta", "sft_weight", "length_normalized"],
     "simpo": ["beta", "gamma", "sft_weight"],
-}
+    "info_nce": [
+        "temperature", "learned_temperature", "symmetric", "positives_inside", "false_negative_margin",
+        "mask_equal_texts", "positive_score",
+    ],
+    "pairwise": ["margin"],
+    "cosine": [],
+}  # fmt: skip
 REFERENCE = ("dpo", "ipo")  # losses that compare with the model they start from
 PackingName = Literal["best-fit", "balanced", "next-fit", "concat", "none"]  # data/packing.py says what they do
 OverlongName = Literal["split", "truncate", "drop"]
@@ -83,7 +90,8 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class LossConfig:
-    #: cross_entropy | focal | label_smoothing | multi_objective | distillation | dpo | ipo | simpo
+    #: cross_entropy | focal | label_smoothing | multi_objective | distillation | dpo | ipo | simpo | info_nce |
+    #: pairwise | cosine
     type: str = "cross_entropy"
     params: dict[str, bool | float] = field(default_factory=dict)
     #: for distillation: the model directory to learn from, with the same tokenizer
@@ -193,6 +201,7 @@ class Recipe:
     model: Architecture = field(default_factory=Architecture)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
@@ -327,6 +336,10 @@ def _check(recipe: Recipe, source: str) -> None:
         raise MoaiError(
             f"{source}: loss.type={loss.type} compares with the model it starts from: set train.init_from=MODEL_DIR"
         )
+    try:
+        recipe.embedding.check(recipe.loss.type, recipe.loss.params, recipe.lora.rank, recipe.eval.prompts)
+    except ValueError as error:
+        raise MoaiError(f"{source}: {error}") from None
     if recipe.data.train and recipe.data.stages:
         raise MoaiError(f"{source}: data.train and data.stages both say what to train on: leave one of them out")
     check_stages(recipe.data.run(), f"{source}: data.stages" if recipe.data.stages else f"{source}: data")

@@ -15,7 +15,7 @@ import moai_llm
 PACKAGE = Path(moai_llm.__file__).parent
 FLOORS = [
     ["runtime", "bounds", "synonyms"],
-    ["ops", "architecture", "mixture", "optimization", "pages"],
+    ["ops", "architecture", "mixture", "optimization", "representation", "pages"],
     ["config", "losses"],
     ["recipe", "tokenizer", "modeling"],
     ["data", "quantization", "planning"],
@@ -135,6 +135,7 @@ def test_start_up_imports_no_torch(code: str) -> None:
         "generate",
         "chat",
         "eval",
+        "embed",
         "quickstart",
         "ops",
         "doctor",

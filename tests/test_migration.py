@@ -33,7 +33,7 @@ DOCUMENTS = ROOT.parent / "shared" / "documents"
 AREAS = {
     "GPU kernels", "KV cache", "batch generation", "code models", "evaluation harness",
     "expert tools", "long context", "memory", "multi-GPU",
-    "planner", "quantization", "representation learning", "serving",
+    "planner", "quantization", "serving",
 }  # fmt: skip
 
 # document -> every flag, script, configuration key and imported name in it

@@ -13,6 +13,7 @@ from moai_llm.commands.sources import add_source_options, open_sources, show_ski
 from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
+    from moai_llm.data.embedding_records import EmbeddingOptions
     from moai_llm.data.sft import ChatOptions, Detected
     from moai_llm.data.shards import Kind
     from moai_llm.data.sources import Record
@@ -28,8 +29,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="the records are conversations: learn what the assistant says"
     )
     kind.add_argument("--preference", action="store_true", help="the records hold a chosen and a rejected answer")
+    kind.add_argument("--embedding", action="store_true", help="the records hold texts that belong together")
+    parser.add_argument("--score-max", type=float, metavar="N", help="with --embedding: the largest grade (default 1)")
+    parser.add_argument(
+        "--augment", metavar="MODULE:FUNCTION",
+        help="with --embedding: your function from texts to as many, what belongs to texts that stand alone",
+    )  # fmt: skip
     parser.add_argument("--learn", choices=("all", "last"), help="of a conversation, which answers (default all)")
-    parser.add_argument("--max-length", type=int, metavar="TOKENS", help="tokens a conversation may have")
+    parser.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help="tokens a conversation, or with --embedding a text, may have"
+    )
     parser.add_argument(
         "--truncate",
         choices=("drop", "end", "turns"),
@@ -37,12 +46,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_options(arguments: argparse.Namespace) -> tuple[Kind, ChatOptions | None, Collection[str]]:
-    """(the kind of store, what to learn of conversations, what --map can name).
+def read_options(
+    arguments: argparse.Namespace,
+) -> tuple[Kind, ChatOptions | EmbeddingOptions | None, Collection[str]]:
+    """(the kind of store, what to learn of conversations or how to read texts, what --map can name).
 
     Raises:
         MoaiError: an option that does nothing.
     """
+    if arguments.embedding:
+        return _embedding_options(arguments)
+    for option, value in (("--score-max", arguments.score_max), ("--augment", arguments.augment)):
+        if value is not None:
+            raise MoaiError(f"{option} does nothing without --embedding")
     given = {"--learn": arguments.learn, "--max-length": arguments.max_length, "--truncate": arguments.truncate}
     if not (arguments.chat or arguments.preference):
         for option, value in given.items():
@@ -55,6 +71,16 @@ def read_options(arguments: argparse.Namespace) -> tuple[Kind, ChatOptions | Non
         raise MoaiError("--truncate does nothing without --max-length TOKENS")
     options = ChatOptions(arguments.learn or "all", arguments.max_length, arguments.truncate or "drop")
     return ("preference", options, PAIR_COLUMNS) if arguments.preference else ("chat", options, COLUMNS)
+
+
+def _embedding_options(arguments: argparse.Namespace) -> tuple[Kind, EmbeddingOptions, Collection[str]]:
+    from moai_llm.data.embedding_records import COLUMNS, EmbeddingOptions
+
+    for option, value in (("--learn", arguments.learn), ("--truncate", arguments.truncate)):
+        if value is not None:
+            raise MoaiError(f"{option} is for conversations: it does nothing with --embedding")
+    score_max = 1.0 if arguments.score_max is None else arguments.score_max
+    return "embedding", EmbeddingOptions(arguments.max_length, score_max, arguments.augment), COLUMNS
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from moai_llm.commands import conversations, data_clean, data_info, data_merge, data_show, data_verify
+from moai_llm.commands import conversations, data_clean, data_info, data_merge, data_mine, data_show, data_verify
 from moai_llm.commands.sources import ReadProgress, add_source_options, open_sources, show_skipped
 from moai_llm.recipe import DataConfig
 from moai_llm.runtime import MoaiError, make_console
@@ -31,7 +31,7 @@ STORES = {
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    names = "{" + ",".join(["prepare", "schema", *STORES, "clean", "dedup", "contamination"]) + "}"
+    names = "{" + ",".join(["prepare", "schema", *STORES, "clean", "dedup", "contamination", "mine"]) + "}"
     verbs = parser.add_subparsers(dest="verb", required=True, metavar=names)
     prepare = verbs.add_parser("prepare", help="tokenise sources into a store")
     add_source_options(prepare)
@@ -74,6 +74,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for verb, (module, what) in STORES.items():
         module.configure(verbs.add_parser(verb, help=what))
     data_clean.add_verbs(verbs)
+    data_mine.configure(verbs.add_parser("mine", help="wrong answers that a model takes for nearly right"))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -84,6 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         "clean": data_clean.run_clean,
         "dedup": data_clean.run_dedup,
         "contamination": data_clean.run_contamination,
+        "mine": data_mine.run,
     }[arguments.verb](arguments)
 
 
@@ -94,7 +96,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     from moai_llm.tokenizer import load_tokenizer
 
     console, tokenizer, code = make_console(), load_tokenizer(arguments.tokenizer), _code_options(arguments)
-    kind, chat, columns = conversations.read_options(arguments)
+    kind, options, columns = conversations.read_options(arguments)
+    chat, embedding = (None, options) if kind == "embedding" else (options, None)
     sources, reading = open_sources(arguments, console, columns)
     with ReadProgress(console, sources) as shown:
         report = prepare(
@@ -102,7 +105,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
             tokenizer,
             arguments.out,
             kind=kind,
-            chat=chat,
+            chat=chat,  # type: ignore[arg-type]
+            embedding=embedding,  # type: ignore[arg-type]
             reading=replace(reading, progress=shown.read),
             valid=arguments.valid,
             valid_share=arguments.valid_share,
@@ -122,6 +126,8 @@ def _prepare(arguments: argparse.Namespace) -> None:
     more = f" data.valid={arguments.valid}" if arguments.valid else ""
     if kind == "preference":
         more += " loss.type=dpo train.init_from=MODEL"
+    if kind == "embedding":
+        more += " loss.type=info_nce"
     next_step = f"moai train RECIPE data.train={arguments.out}{more}"
     console.print(f"written to {arguments.out}. Next: {next_step}", soft_wrap=True)
 
@@ -186,5 +192,7 @@ def _row(report: Report) -> list[str]:
     manifest = report.manifest
     dropped = ", ".join(f"{count:,} {reason}" for reason, count in report.dropped.items()) or "0"
     documents = manifest.documents // (2 if manifest.kind == "preference" else 1)
+    if manifest.kind == "embedding":
+        documents = report.read - report.dropped.total()
     counts = (f"{manifest.tokens:,}", f"{manifest.text_bytes / manifest.tokens:.2f}")
     return [f"{report.read:,}", f"{documents:,}", dropped, f"{report.skipped.bad_count:,}", *counts]

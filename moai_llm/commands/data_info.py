@@ -74,7 +74,7 @@ def _facts(overview: Overview) -> dict[str, str]:
     }
     if overview.strategy:
         facts["merged"] = f"{len(overview.parts)} stores, {overview.strategy}"
-    unit = "pairs" if overview.kind == "preference" else "documents"
+    unit = {"preference": "pairs", "embedding": "records"}.get(overview.kind, "documents")
     for rows in overview.packings[:1]:
         facts[f"rows of {overview.seq_len}"] = f"{rows.rows:,}, {rows.fullness:.1%} full"
         facts[f"{unit} cut"] = f"{rows.cut:,}"

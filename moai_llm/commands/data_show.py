@@ -29,7 +29,9 @@ OPEN, CLOSE = "⟦", "⟧"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("store", help="a prepared store")
-    parser.add_argument("row", type=int, nargs="?", help="which row, or preference pair, counted from 0 (default 0)")
+    parser.add_argument(
+        "row", type=int, nargs="?", help="which row, preference pair or record of texts, from 0 (default 0)"
+    )
     parser.add_argument("--document", type=int, metavar="N", help="show this document instead of a row")
     parser.add_argument("--seq-len", type=int, default=256, help="tokens in a row (default 256)")
     add_packing(parser)
@@ -48,6 +50,8 @@ def run(arguments: argparse.Namespace) -> None:
         _show_piece(piece, piece.learned(in_row=False), COLORS[0], store.tokenizer(), console, store.parts())
     elif store.manifest.kind == "preference":
         show_pair(store, arguments.row or 0, console)
+    elif store.manifest.kind == "embedding":
+        show_related(store, arguments.row or 0, console)
     else:
         _show_row(store, arguments, console)
 
@@ -127,3 +131,23 @@ def show_pair(store: Store, number: int, console: Console) -> None:
     ):
         _border(console, name)
         console.print(decoded(ids[pair.prompt :], learn[pair.prompt :], color, tokenizer, console), soft_wrap=True)
+
+
+def show_related(store: Store, number: int, console: Console) -> None:
+    """The texts of a record: the anchor, what belongs to it, what does not.
+
+    Raises:
+        MoaiError: there is no such record.
+    """
+    from moai_llm.data.embedding_store import read_groups
+
+    groups, tokenizer = read_groups(store), store.tokenizer()
+    if not 0 <= number < len(groups.first) - 1:
+        raise MoaiError(f"there are {len(groups.first) - 1} records, counted from 0")
+    names = {1: ("anchor", "cyan"), 2: ("right", "green"), 3: ("wrong", "red")}
+    for document in range(groups.first[number], groups.first[number + 1]):
+        name, color = names[int(groups.role[document])]
+        graded = f", grade {groups.score[document]:.2f}" if groups.score[document] >= 0 else ""
+        ids = store.document(document)
+        _border(console, f"{name}{graded}: {len(ids):,} tokens")
+        console.print(decoded(ids, ids >= 0, color, tokenizer, console), soft_wrap=True)

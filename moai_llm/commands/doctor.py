@@ -89,13 +89,17 @@ def _sections(arguments: argparse.Namespace, device: torch.device) -> Iterator[t
 def _weights(path: Path, device: torch.device) -> Iterator[Finding]:
     """The checks of the newest weights a path holds, on the data of its recipe where that is still there."""
     from moai_llm.config import read_config
-    from moai_llm.inference.generate import load_model, resolve_model
-    from moai_llm.training.doctor import examine
+    from moai_llm.inference.generate import is_for_vectors, load_model, resolve_model
+    from moai_llm.training.doctor import Finding, examine
 
     directory = resolve_model(path)
     room = examine.fits(read_config(directory / "config.json"), device, str(path))
     yield room
     if room.verdict == "fail":
+        return
+    if is_for_vectors(directory):
+        seen = "it makes vectors of texts; the checks of language models say nothing of it, `moai eval retrieval` does"
+        yield Finding("kind", "ok", seen)
         return
     model = load_model(directory, str(device), "fp32").model
     file = directory / "recipe.yaml"

@@ -1,4 +1,4 @@
-"""Measure a model: perplexity and bits per byte of your text."""
+"""Measure a model: perplexity and bits per byte of your text; how good vectors of texts are."""
 
 from __future__ import annotations
 
@@ -6,22 +6,35 @@ import argparse
 
 from rich.table import Table
 
+from moai_llm.commands import eval_embedding
 from moai_llm.commands.generate import add_device
 from moai_llm.commands.sources import add_source_options, open_sources, show_skipped
 from moai_llm.runtime import make_console
 
+VECTORS = {
+    "retrieval": (
+        eval_embedding.configure_retrieval, eval_embedding.run_retrieval, "how well vectors find what belongs together"
+    ),
+    "sts": (eval_embedding.configure_sts, eval_embedding.run_sts, "how well vectors follow the grades of pairs"),
+}  # fmt: skip
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="perplexity")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{perplexity,retrieval,sts}")
     perplexity = verbs.add_parser("perplexity", help="loss, perplexity and bits per byte, per file and in all")
     perplexity.add_argument("model", help="a model directory or a run")
     add_source_options(perplexity, nargs="*")
     perplexity.add_argument("--text", help="a text to measure instead of files")
     perplexity.add_argument("--window", type=int, help="tokens of context; default the model's")
     add_device(perplexity)
+    for verb, (configure_verb, _, what) in VECTORS.items():
+        configure_verb(verbs.add_parser(verb, help=what))
 
 
 def run(arguments: argparse.Namespace) -> None:
+    if arguments.verb in VECTORS:
+        VECTORS[arguments.verb][1](arguments)
+        return
     from moai_llm.data.sources import Skipped, read_texts
     from moai_llm.evaluation.perplexity import Perplexity, evaluate_text
     from moai_llm.inference.generate import load_model

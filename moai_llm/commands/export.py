@@ -1,9 +1,10 @@
-"""Write a model for others: a directory of transformers' own class, as it is or with its matrices packed, or a GGUF
-file for llama.cpp and Ollama.
+"""Write a model for others: a directory of transformers' own class, as it is or with its matrices packed, a GGUF file
+for llama.cpp and Ollama, or a model of vectors for sentence-transformers.
 
 moai export runs/chat --format hf --out exported/chat
 moai export runs/chat --format gguf --dtype q8_0 --out exported/chat-gguf
 moai export runs/chat --format compressed-tensors --dtype int4 --out exported/chat-int4
+moai export runs/vectors --format sentence-transformers --out exported/vectors
 moai export runs/chat --list
 """
 
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model directory or a run (its newest checkpoint); with --list also a preset")
     parser.add_argument(
-        "--format", choices=("hf", "gguf", "compressed-tensors"),
-        help="hf: for transformers; gguf: for llama.cpp; compressed-tensors: packed, for transformers and vLLM",
+        "--format", choices=("hf", "gguf", "compressed-tensors", "sentence-transformers"),
+        help="hf: for transformers; gguf: for llama.cpp; compressed-tensors: packed, for transformers and vLLM; "
+        "sentence-transformers: of a model of vectors",
     )  # fmt: skip
     parser.add_argument(
         "--out", help="what to write: a directory, or with --format gguf a name that ends in .gguf for the file alone"
@@ -63,12 +65,16 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if not arguments.format or not arguments.out:
         raise MoaiError(
-            "give --format hf, gguf or compressed-tensors, and --out; --list shows what this model can be written as"
+            "give --format hf, gguf, compressed-tensors or sentence-transformers, and --out; --list shows what this "
+            "model can be written as"
         )
     if arguments.group_size is not None and arguments.format != "compressed-tensors":
         raise MoaiError("--group-size belongs to --format compressed-tensors: leave it out")
     if arguments.format != "gguf" and arguments.split:
         raise MoaiError("--split belongs to --format gguf: transformers reads how text is split in tokenizer.json")
+    if arguments.format == "sentence-transformers":
+        _export_vectors(arguments, console)
+        return
     with stages(console) as progress:
         dtype = arguments.dtype or ("int4" if arguments.format == "compressed-tensors" else "fp32")
         common = {"dtype": dtype, "overwrite": arguments.overwrite, "progress": progress}
@@ -88,6 +94,26 @@ def run(arguments: argparse.Namespace) -> None:
                 arguments.model, arguments.out, architecture=arguments.target, split=arguments.split, **common
             )
     _report(console, made, dtype)
+
+
+def _export_vectors(arguments: argparse.Namespace, console: Console) -> None:
+    from moai_llm.export.sentence_transformers import TOLERANCE, export_sentence_transformers
+
+    if arguments.dtype not in (None, "fp32"):
+        raise MoaiError(
+            f"vectors are written in fp32, not in {arguments.dtype}: sentence-transformers rounds by itself"
+        )
+    with stages(console) as progress:
+        made = export_sentence_transformers(
+            arguments.model, arguments.out, family=arguments.target, overwrite=arguments.overwrite, progress=progress
+        )
+    console.print(f"{made.path}: {made.target}, vectors of {made.width} numbers, {made.size / 1e6:,.1f} MB")
+    console.print(
+        f"read again by sentence-transformers, it gives the same vectors: largest difference {made.largest:.1e} over "
+        f"{made.texts} texts, allowed is {TOLERANCE:.0e}"
+    )
+    for note in made.notes:
+        console.print(f"note: {note}")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ is the machinery: it trains, saves, resumes, evaluates and generates. Whether a 
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moai_llm import recipe as recipes
+from moai_llm.representation import CONTRASTIVE
 from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ def _checks(recipe: Recipe, folder: Path) -> Iterator[tuple[str, str]]:
     from moai_llm.training.events import read_metrics
     from moai_llm.training.loop import train
 
-    tokenizer = _prepare(folder)
+    tokenizer = _prepare(folder, recipe.loss.type in CONTRASTIVE)
     recipe = replace(recipe, model=replace(recipe.model, vocab_size=tokenizer.padded_vocab_size))
     tokens = Store(folder / "train").manifest.tokens
     yield "data", f"a tokenizer of {tokenizer.vocab_size} tokens, {tokens:,} tokens of made-up text"
@@ -109,6 +111,10 @@ def _checks(recipe: Recipe, folder: Path) -> Iterator[tuple[str, str]]:
     evaluated = [row for row in rows if "eval_loss" in row][-1]
     if not math.isfinite(evaluated["eval_loss"]):
         raise MoaiError(f"the evaluation gave {evaluated['eval_loss']}")
+    if recipe.loss.type in CONTRASTIVE:
+        yield "evaluates", f"loss {evaluated['eval_loss']:.3f}, MRR {evaluated['mrr']:.3f} on held-out texts"
+        yield "embeds", _embed(recipe)
+        return
     yield (
         "evaluates",
         f"loss {evaluated['eval_loss']:.3f}, {evaluated['bits_per_byte']:.3f} bits per byte on held-out text",
@@ -118,13 +124,28 @@ def _checks(recipe: Recipe, folder: Path) -> Iterator[tuple[str, str]]:
     yield "generates", repr(text)
 
 
-def _prepare(folder: Path) -> Tokenizer:
+def _embed(recipe: Recipe) -> str:
+    from moai_llm.inference.embed import embed, load_embedder
+
+    vectors = embed(load_embedder(recipe.train.out, device=recipe.train.device), ["river", "은행"])
+    return f"{len(vectors)} vectors of {vectors.shape[1]} numbers"
+
+
+def _prepare(folder: Path, related: bool) -> Tokenizer:
     from moai_llm.data.prepare import prepare_texts
     from moai_llm.tokenizer.train import train_tokenizer
 
     chance = random.Random(0)
     texts = [" ".join(chance.choices(WORDS, k=chance.randint(8, 30))) for _ in range(120)]
     tokenizer = train_tokenizer(texts, 300, fewer=True)
+    if related:
+        from moai_llm.data.prepare import prepare
+
+        for name, part in (("train", texts[:100]), ("valid", texts[100:])):
+            lines = (json.dumps({"anchor": text[:20], "positive": text[20:50]}) + "\n" for text in part)
+            (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
+            prepare([folder / f"{name}.jsonl"], tokenizer, folder / name, kind="embedding")
+        return tokenizer
     prepare_texts([(text, "") for text in texts[:100]], tokenizer, folder / "train", ["made up"])
     prepare_texts([(text, "") for text in texts[100:]], tokenizer, folder / "valid", ["made up"])
     return tokenizer

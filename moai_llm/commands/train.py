@@ -4,6 +4,7 @@ moai train moai-3b-tiny data.train=data/wiki train.steps=500 train.out=runs/firs
 moai train moai-3b-tiny data.train=data/chat train.init_from=runs/first train.epochs=3 train.out=runs/chat
 moai train moai-3b-tiny 'data.train=[{store: data/wiki, weight: 3}, {store: data/code, weight: 1}]' train.steps=500
 moai train moai-3b-tiny data.train=data/pairs train.init_from=runs/chat loss.type=dpo train.epochs=1 train.out=runs/dpo
+moai train moai-embed-0.1b-tiny data.train=data/texts train.init_from=runs/first train.epochs=3 train.out=runs/vectors
 moai train runs/first/recipe.yaml --resume
 moai train moai-mamba-2b --test
 """
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from moai_llm import recipe as recipes
 from moai_llm.commands.smoke import smoke
+from moai_llm.representation import CONTRASTIVE
 from moai_llm.runtime import MoaiError, make_console
 
 if TYPE_CHECKING:
@@ -89,8 +91,12 @@ def run(arguments: argparse.Namespace) -> None:
     hooks = make_hooks(recipe)
     trained = train(recipe, hooks=hooks, resume=resume is not None, fresh=arguments.fresh, profile=profile)
     if trained.finished:
-        chats = Store(recipe.data.stores()[-1]).manifest.kind != "text"
-        use = f"moai chat {recipe.train.out}" if chats else f"moai generate {recipe.train.out} --prompt TEXT"
+        kind = Store(recipe.data.stores()[-1]).manifest.kind
+        use = f"moai chat {recipe.train.out}"
+        if kind in ("text", "embedding"):
+            use = f"moai generate {recipe.train.out} --prompt TEXT"
+        if recipe.loss.type in CONTRASTIVE:
+            use = f"moai eval retrieval {recipe.train.out} FILE"
         print(f"saved {trained.checkpoint}. Next: {use}")
 
 
@@ -165,6 +171,8 @@ def _evaluation(recipe: Recipe) -> Hook:
         )
     if store.manifest.kind == "preference":
         return _evaluation_of_pairs(recipe, store)
+    if store.manifest.kind == "embedding" or recipe.loss.type in CONTRASTIVE:
+        return _evaluation_of_texts(recipe, store)
     loader, lengths = Loader(store, recipe.data.seq_len, seed=None), store.tokenizer().byte_lengths()
 
     def hook(step: int, model: Any) -> dict[str, float]:
@@ -198,6 +206,33 @@ def _evaluation_of_pairs(recipe: Recipe, store: Store) -> Hook:
         objective.read_reference(store, precision)
         found = evaluate_pairs(objective, model, batches, precision)
         return {f"eval_{name}": found[name] for name in ("loss", "reward_margin", "reward_accuracy")}
+
+    return hook
+
+
+def _evaluation_of_texts(recipe: Recipe, store: Store) -> Hook:
+    from moai_llm.data.embedding_loader import EmbeddingLoader
+    from moai_llm.evaluation.embedding import evaluate_texts
+    from moai_llm.training.build import build_objective
+    from moai_llm.training.contrastive import Contrastive
+    from moai_llm.training.fitting import rows_of
+    from moai_llm.training.precision import make_precision
+
+    objective = build_objective(recipe, store.tokenizer())
+    if not isinstance(objective, Contrastive):
+        raise MoaiError(
+            f"data.valid {store.path} holds texts that belong together, and loss.type={recipe.loss.type} compares no "
+            "texts: set another data.valid, or loss.type=info_nce"
+        )
+    loader = EmbeddingLoader(
+        store, recipe.data.seq_len, seed=None, overlong=recipe.data.overlong,
+        augment=recipe.embedding.augment, augment_share=recipe.embedding.augment_share,
+    )  # fmt: skip
+    batches = list(loader.epoch(rows_of(recipe), recipe.eval.rows))
+
+    def hook(step: int, model: Any) -> dict[str, float]:
+        precision = make_precision(recipe.train.precision, model.device, recipe.train.tf32)
+        return evaluate_texts(objective, model, batches, precision)
 
     return hook
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -27,12 +27,13 @@ from moai_llm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from moai_llm.data.clean import Cleaner
-    from moai_llm.data.sft import ChatOptions, Detected
+    from moai_llm.data.embedding_records import EmbeddingOptions
+    from moai_llm.data.sft import ChatOptions, Detected, Encoded
 
 BATCH, BATCH_SIZE = 256, 1 << 20  # records in a block, or their characters: whichever is reached first
 CODE, FILLED, CUT = 1, 2, 4  # marks of documents: source code, rearranged to fill in the middle, a part is missing
 Part = Literal["train", "valid"]
-Item = tuple[Any, str]  # a text, a conversation or a pair; and its place
+Item = tuple[Any, str]  # a text, a conversation, a pair or texts that belong together; and its place
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class Job:
     reading: Reading = field(default_factory=Reading)
     code: CodeOptions = field(default_factory=CodeOptions)
     chat: ChatOptions | None = None
+    embedding: EmbeddingOptions | None = None
     clean: Cleaner | None = None
     every: int = 0
     few: bool = False
@@ -178,6 +180,10 @@ class Encoder:
         records = _records(pieces, tally)
         if job.kind == "preference":
             return read_pairs(records, tally.skipped, mapping)
+        if job.kind == "embedding":
+            from moai_llm.data.embedding_records import read_related
+
+            return read_related(records, tally.skipped, mapping, job.embedding)
         return read_conversations(records, tally.skipped, mapping, dict(self._known_shapes(pieces[0])))
 
     def _known_shapes(self, piece: Piece) -> dict[str, Detected]:
@@ -281,16 +287,16 @@ def _encode_texts(job: Job, batch: list[Item], number: int, threads: int) -> Blo
 
 
 def _encode_chats(job: Job, batch: list[Item], number: int, skipped: Skipped) -> Block:
-    from moai_llm.data.sft import encode_record
     from moai_llm.data.sft.encode import Dropped
 
+    encode, batch = _record_encoder(job, batch)
     held = job.held_out(np.arange(number, number + len(batch)))
     found, dropped, broken = _Found(job), list[tuple[int, str]](), list[int]()
     for i, (record, place) in enumerate(batch):
         if job.part and held[i] != (job.part == "valid"):
             continue
         try:
-            encoded = encode_record(job.tokenizer, record, job.chat)
+            encoded = encode(record)
         except Dropped as reason:
             dropped.append((i, str(reason)))
         except MoaiError as error:
@@ -301,6 +307,21 @@ def _encode_chats(job: Job, batch: list[Item], number: int, skipped: Skipped) ->
                 mark = CUT if one.cut and one is encoded[0] else 0
                 found.add(np.array(one.ids, np.uint32), np.array(one.learn, np.uint8), one.text_bytes, i, mark)
     return found.block(len(batch), None, dropped, broken)
+
+
+def _record_encoder(job: Job, batch: list[Item]) -> tuple[Callable[[Any], list[Encoded]], list[Item]]:
+    """What makes documents of a record, and the records."""
+    if job.kind != "embedding":
+        from moai_llm.data.sft import encode_record
+
+        return lambda record: encode_record(job.tokenizer, record, job.chat), batch
+    from moai_llm.data.embedding_records import Augmenter
+    from moai_llm.data.embedding_store import encode_related
+
+    if job.embedding is not None and job.embedding.augment:
+        made = Augmenter(job.embedding.augment)([record for record, _ in batch])
+        batch = [(record, place) for record, (_, place) in zip(made, batch)]
+    return lambda record: encode_related(job.tokenizer, record, job.embedding), batch
 
 
 class _Found:

@@ -16,7 +16,7 @@ from typing import Any
 from moai_llm.runtime import MoaiError
 
 FORMAT = 1
-KINDS = ("text", "chat", "preference")
+KINDS = ("text", "chat", "preference", "embedding")
 BYTES = {"uint16": 2, "uint32": 4}  # of a token
 DIGEST = re.compile(r"[0-9a-f]{64}")
 

@@ -204,15 +204,17 @@ def _refuse_different(stores: Sequence[Store]) -> None:
                 f"{first.path} and {store.path} were made by different tokenizers, so their ids mean different text "
                 f"({first.manifest.tokenizer[:12]} and {store.manifest.tokenizer[:12]}): prepare one of them again"
             )
-        if (store.manifest.kind == "preference") != (first.manifest.kind == "preference"):
-            raise MoaiError(
-                f"{first.path} holds {_named(first)} and {store.path} {_named(store)}: preference pairs are trained on "
-                "by a loss of their own and can only be merged with each other"
-            )
+        for kind, what in (("preference", "preference pairs"), ("embedding", "texts that belong together")):
+            if (store.manifest.kind == kind) != (first.manifest.kind == kind):
+                raise MoaiError(
+                    f"{first.path} holds {_named(first)} and {store.path} {_named(store)}: {what} are trained on by a "
+                    "loss of their own and can only be merged with each other"
+                )
 
 
 def _named(store: Store) -> str:
-    return {"text": "text", "chat": "conversations", "preference": "preference pairs"}[store.manifest.kind]
+    names = {"chat": "conversations", "preference": "preference pairs", "embedding": "texts that belong together"}
+    return names.get(store.manifest.kind, "text")
 
 
 def _kind(stores: Sequence[Store]) -> Kind:

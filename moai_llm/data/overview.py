@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moai_llm.data.balance import imbalance, rows_of_stream
+from moai_llm.data.embedding_loader import EmbeddingLoader
 from moai_llm.data.merge import epochs
 from moai_llm.data.packing import STRATEGIES, Packing, pack
 from moai_llm.data.pair_loader import PairLoader
@@ -87,7 +88,10 @@ def look(store: Store, seq_len: int, packing: str, overlong: str | None = None, 
     manifest, parts = store.manifest, store.parts()
     lengths = [part.store.lengths() for part in parts]
     others = (name for name in STRATEGIES if every and name != packing)
-    packs = [packing, *(name for name in others if manifest.kind != "preference" or name != "concat")]
+    packs = [
+        packing,
+        *(name for name in others if manifest.kind not in ("preference", "embedding") or name != "concat"),
+    ]
     rows = [
         [pack_part(part.store, each, seq_len, name, overlong) for part, each in zip(parts, lengths)] for name in packs
     ]
@@ -124,6 +128,8 @@ def pack_part(store: Store, lengths: np.ndarray, seq_len: int, packing: str, ove
     """The rows of a plain store. Without `overlong` a conversation loses its end, and a text is split."""
     if store.manifest.kind == "preference":
         return PairLoader(store, seq_len, packing=packing, overlong=overlong).packing
+    if store.manifest.kind == "embedding":
+        return EmbeddingLoader(store, seq_len, packing=packing, overlong=overlong, augment="twins").packing
     default = "truncate" if store.manifest.kind == "chat" else "split"
     return pack(lengths, seq_len, packing, overlong or default)
 

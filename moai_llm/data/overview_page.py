@@ -51,7 +51,12 @@ def _head(overview: Overview) -> Iterator[str]:
     yield "</div>"
 
 
-NAMES = {"text": "text", "chat": "conversations", "preference": "preference pairs"}
+NAMES = {
+    "text": "text",
+    "chat": "conversations",
+    "preference": "preference pairs",
+    "embedding": "texts that belong together",
+}
 
 
 def _lengths(overview: Overview) -> Iterator[str]:

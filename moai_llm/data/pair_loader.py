@@ -7,13 +7,12 @@ any other, so how many pairs it holds depends on their lengths.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import torch
 
-from moai_llm.data.balance import rows_of_stream
+from moai_llm.data.group_loader import GroupLoader
 from moai_llm.data.loader import Batch
 from moai_llm.data.packing import Packing, pack
 from moai_llm.data.preference import Pairs
@@ -21,7 +20,7 @@ from moai_llm.data.shards import Store
 from moai_llm.runtime import MoaiError
 
 
-class PairLoader:
+class PairLoader(GroupLoader):
     """Packed rows of a preference store.
 
     Args:
@@ -32,9 +31,6 @@ class PairLoader:
             which nothing is left to compare is dropped) or drop. None truncates.
         step_rows: rows of a step; `balanced` puts rows that cost attention the same into each.
         pinned: batches lie in memory from which a CUDA device copies while the program goes on.
-
-    Attributes:
-        stages, sources, end: as of `Loader`: one stage of one store, without an end.
 
     Raises:
         MoaiError: not a store of pairs, a way to pack that cuts them, or no pair is left.
@@ -51,13 +47,11 @@ class PairLoader:
         step_rows: int = 1,
         pinned: bool = False,
     ) -> None:
-        self.pairs, self.store, self.seq_len, self.seed = Pairs(store), store, seq_len, seed
-        self.step_rows, self.pinned = step_rows, pinned
+        super().__init__(store, seq_len, seed, step_rows, step_rows if packing == "balanced" else 1, pinned)
+        self.pairs = Pairs(store)
         if packing == "concat" or overlong == "split":
             name = "data.packing=concat" if packing == "concat" else "data.overlong=split"
             raise MoaiError(f"{name} would cut pairs of answers apart: choose another way")
-        self.pad_id = store.tokenizer().pad_id
-        self.group = step_rows if packing == "balanced" else 1
         lengths = store.lengths().reshape(-1, 2)
         self.kept = self._keep(lengths, overlong or "truncate")
         self.packing: Packing = replace(
@@ -86,48 +80,7 @@ class PairLoader:
         assert learn is not None
         return learn
 
-    def __len__(self) -> int:
-        """Rows in an epoch."""
-        return len(self.packing)
-
-    end = None
-
-    @property
-    def sources(self) -> list[PairLoader]:
-        return [self]
-
-    @property
-    def stages(self) -> list[PairLoader]:
-        return [self]
-
-    @property
-    def identity(self) -> str:
-        """What must be the same when a run is resumed."""
-        return self.store.fingerprint
-
-    def stage(self, step: int) -> int:
-        return 0
-
-    def step(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """Rows of a step, counted from 0; of `world` ranks each takes its own."""
-        return self._stack(self._at(step * self.step_rows, self.step_rows)[rank::world])
-
-    def rows(self, start: int, count: int) -> Batch:
-        """Rows start to start + count of the endless stream, stacked."""
-        return self._stack(self._at(start, count))
-
-    def _at(self, start: int, count: int) -> np.ndarray:
-        position = np.arange(start, start + count)
-        if self.seed is None:
-            return position % len(self)
-        return rows_of_stream(position, len(self), self.seed, self.group)
-
-    def _stack(self, numbers: np.ndarray) -> Batch:
-        rows = [self.row(int(i)) for i in numbers]
-        batch = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-        return {key: tensor.pin_memory() for key, tensor in batch.items()} if self.pinned else batch
-
-    def row(self, index: int) -> Batch:
+    def row(self, index: int, position: int | None = None) -> Batch:
         """One packed row: input_ids, labels (-100: nothing to predict), position_ids and seq_idx, each (seq_len,), and
         pairs (most,): which pairs of the store it holds, then -1.
         """
@@ -153,10 +106,3 @@ class PairLoader:
         pairs[: len(held)] = held
         arrays = {"input_ids": ids, "labels": labels, "position_ids": positions, "seq_idx": documents, "pairs": pairs}
         return {key: torch.from_numpy(array) for key, array in arrays.items()}
-
-    def epoch(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
-        """The rows of one pass in batches; the last may be smaller. With `limit` so many of them, spread evenly."""
-        total = len(self) if limit is None else min(limit, len(self))
-        chosen = (2 * np.arange(total) + 1) * len(self) // (2 * total)
-        for start in range(0, total, batch_size):
-            yield self._stack(chosen[start : start + batch_size])

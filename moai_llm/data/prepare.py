@@ -47,6 +47,7 @@ from moai_llm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from moai_llm.data.clean import Cleaner
+    from moai_llm.data.embedding_records import EmbeddingOptions
     from moai_llm.data.sft import ChatOptions
 
 __all__ = ["Part", "Report", "prepare", "prepare_chats", "prepare_texts", "split", "split_texts"]
@@ -70,6 +71,7 @@ def prepare(
     valid_share: float = 0.02,
     code: CodeOptions | None = None,
     chat: ChatOptions | None = None,
+    embedding: EmbeddingOptions | None = None,
     clean: Cleaner | None = None,
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
@@ -88,6 +90,7 @@ def prepare(
         part: only the documents that are held out (`valid`) or only the others (`train`), in one store.
         valid_share: of the documents, which are held out.
         chat: what to learn of conversations, and what to do with long ones.
+        embedding: how texts that belong together are read.
         clean: texts go through it first; the report's `dropped` names the rules.
         code: what to do with source code. What is held out is never rearranged: it measures plain text.
         shard_tokens: the store's files are cut behind the document that reaches this.
@@ -108,7 +111,7 @@ def prepare(
     skipped = Skipped(reading.skip_bad)
     found = expand(sources, skipped=skipped)
     every = round(1 / valid_share) if valid is not None or part is not None else 0
-    job = Job(tokenizer, kind, replace(reading, progress=None), code, chat, clean, every, part=part)
+    job = Job(tokenizer, kind, replace(reading, progress=None), code, chat, embedding, clean, every, part=part)
     if kind == "text" and every:
         found = [read_ahead(source) if source.once else source for source in found]
         job = replace(job, few=_fewer_texts(job, found))
@@ -154,7 +157,9 @@ class _Run:
             "version": __version__, "kind": job.kind, "tokenizer": tokenizer.fingerprint, "roles": tokenizer.roles,
             "chat_template": template, "map": dict(job.reading.mapping), "skip_bad": job.reading.skip_bad,
             "max_record": job.reading.max_record, "encoding": job.reading.encoding, "code": asdict(job.code),
-            "chat": None if job.chat is None else asdict(job.chat), "few": job.few, "one held out of": job.every,
+            "chat": None if job.chat is None else asdict(job.chat),
+            "embedding": None if job.embedding is None else asdict(job.embedding), "few": job.few,
+            "one held out of": job.every,
             "clean": None if job.clean is None else asdict(job.clean.config), "part": job.part,
             "valid": None if valid is None else str(valid.absolute()), "shard_tokens": self._shard_tokens,
             "slices": [cutting.PIECE_BYTES, blocks.BATCH, blocks.BATCH_SIZE],

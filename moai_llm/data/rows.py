@@ -37,7 +37,7 @@ class Rows:
             a conversation: the tail of a conversation makes no sense without its beginning, the tail of a text does.
 
     Raises:
-        MoaiError: preference pairs, no row, or no row with a token to learn.
+        MoaiError: preference pairs, texts that belong together, no row, or no row with a token to learn.
     """
 
     def __init__(self, store: Store, seq_len: int, packing: str = "best-fit", overlong: str | None = None) -> None:
@@ -46,6 +46,10 @@ class Rows:
             raise MoaiError(
                 f"{store.path} holds preference pairs: to train on both answers as if they were text would teach the "
                 "worse one too. Compare them: loss.type=dpo train.init_from=MODEL_DIR"
+            )
+        if store.manifest.kind == "embedding":
+            raise MoaiError(
+                f"{store.path} holds texts that belong together, for vectors: train on it with loss.type=info_nce"
             )
         self.pad_id = store.tokenizer().pad_id
         overlong = overlong or ("truncate" if store.manifest.kind == "chat" else "split")

@@ -5,7 +5,7 @@
       tokenizer/             the tokenizer that made it
       shards/00000.bin       little-endian uint16 or uint32 token ids, document after document
       shards/00000.idx.npy   int64 document borders, from 0 to the number of tokens
-      shards/00000.mask.bin  all but text stores: uint8, 1 where the token is one to learn
+      shards/00000.mask.bin  all but text stores: uint8, 1 where the token is one to learn; see `embedding_store.py`
 
 A merged store (`merge.py`) has no shards: its manifest names other stores, its parts, and their shares of the rows. It
 reads as their documents one after the other.
@@ -32,7 +32,8 @@ from moai_llm.data.manifest import BYTES, FORMAT, damaged, read_manifest, sha256
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer, load_tokenizer
 
-Kind = Literal["text", "chat", "preference"]  # documents, conversations, pairs of them (`preference.py`)
+# documents, conversations, pairs of them (`preference.py`), texts that belong together (`embedding_store.py`)
+Kind = Literal["text", "chat", "preference", "embedding"]
 
 
 @dataclass

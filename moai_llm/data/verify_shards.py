@@ -144,9 +144,9 @@ class ShardCheck:
         self._last_open = bool(tokens[-1] != eos)
 
     def _mask(self, file: Path, mask: np.ndarray) -> None:
-        first, count = -1, 0
+        first, count, most = -1, 0, 255 if self.content["kind"] == "embedding" else 1
         for start, block in _blocks(mask):
-            over = np.flatnonzero(block > 1)
+            over = np.flatnonzero(block > most)
             if len(over):
                 first, count = start + int(over[0]) if first < 0 else first, count + len(over)
             self.learned += int(np.count_nonzero(block))

@@ -7,6 +7,7 @@ chat), only the rest is computed.
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,15 @@ def resolve_model(path: str | Path) -> Path:
     raise MoaiError(f"{path}: {what}")
 
 
+def is_for_vectors(directory: Path) -> bool:
+    """Whether the model there was trained to make vectors; it has no head then."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "MoaiForEmbedding" in (config.get("architectures") or ())
+
+
 def load_model(path: str | Path, device: str = "auto", dtype: str = "auto") -> TextModel:
     """Load a model directory, a run (its newest checkpoint) or a quickstart, ready to generate.
 
@@ -88,6 +98,8 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto") -> T
     if dtype not in dtypes:
         raise MoaiError(f"dtype {dtype!r} is not one of auto, {', '.join(dtypes)}")
     tokenizer = load_tokenizer(directory)
+    if is_for_vectors(directory):
+        raise MoaiError(f"{directory} makes vectors of texts and writes none: use `moai embed`, or a language model")
     try:
         model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtypes[dtype])
     except (OSError, ValueError, KeyError) as error:

@@ -66,6 +66,13 @@ def counter_normal(key: Tensor, shape: tuple[int, ...]) -> Tensor:
     return (radius * torch.cos(u2 * (2 * math.pi / 2**24))).view(shape)
 
 
+def counter_uniform(key: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Numbers (fp32) from 0 to below 1, made like those of `counter_normal`."""
+    key = key.reshape(-1, 1)
+    place = torch.arange(math.prod(shape) // key.shape[0], device=key.device, dtype=torch.int64)
+    return ((_mix(_mix(place + key) ^ key) & 0xFFFFFF).to(torch.float32) / 2**24).view(shape)
+
+
 def _mix(x: Tensor) -> Tensor:
     for shift, factor in ((33, -49064778989728563), (33, -4265267296055464877)):
         x = (x ^ ((x >> shift) & 0x7FFFFFFF)) * factor  # the mask makes the arithmetic shift a logical one

@@ -10,12 +10,14 @@ import torch
 from transformers import GenerationConfig
 
 from moai_llm.config import MoaiConfig, read_config
-from moai_llm.losses import DistillationLoss, Loss, PreferenceLoss, create_loss_function
+from moai_llm.losses import AnyLoss, ContrastiveLoss, DistillationLoss, Loss, PreferenceLoss, create_loss_function
+from moai_llm.modeling.embedding import MoaiForEmbedding, Settings, load_for_vectors
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer, load_tokenizer
 from moai_llm.training import lora
+from moai_llm.training.contrastive import Contrastive
 from moai_llm.training.distillation import Distillation
 from moai_llm.training.objective import NextToken, Objective
 from moai_llm.training.preference import Preference
@@ -44,13 +46,18 @@ def build_model(
                 f"the adapters of this run belong on train.init_from {base}, which is not there: put it back, or begin "
                 f"a new run with train.init_from={checkpoint}, the sum of both"
             )
-        model = _load(base if recipe.lora.rank else checkpoint or base, tokenizer, "train.init_from")
+        path = base if recipe.lora.rank else checkpoint or base
+        model = _load(path, tokenizer, "train.init_from", vectors=_settings(recipe))
     else:
         fields = {name: getattr(recipe.model, name) for name in recipe.model.__dataclass_fields__}
         if fields["vocab_size"] != tokenizer.padded_vocab_size:
             logger.info("vocab_size %s becomes %s, the tokenizer's", fields["vocab_size"], tokenizer.padded_vocab_size)
             fields["vocab_size"] = tokenizer.padded_vocab_size
-        model = MoaiForCausalLM(MoaiConfig(**fields))
+        settings = _settings(recipe)
+        if settings is None:
+            model = MoaiForCausalLM(MoaiConfig(**fields))
+        else:
+            model = MoaiForEmbedding(MoaiConfig(**fields, embedding=settings.to_dict()))  # type: ignore[assignment]
     bos = tokenizer.special_ids.get(tokenizer.roles.get("bos_token", ""), tokenizer.eos_id)
     ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": bos, "pad_token_id": tokenizer.pad_id}
     for name, value in ids.items():
@@ -110,10 +117,12 @@ def build_objective(recipe: Recipe, tokenizer: Tokenizer) -> Objective:
         _require_tokenizer(teacher, tokenizer, "loss.teacher")
         _require_positions(read_config(teacher / "config.json"), recipe.data.seq_len, "loss.teacher")
         return Distillation(loss, tokenizer.vocab_size, teacher, partial(_load, teacher, tokenizer, "loss.teacher"))
+    if isinstance(loss, ContrastiveLoss):
+        return Contrastive(loss)
     return NextToken()
 
 
-def _loss(recipe: Recipe) -> Loss | DistillationLoss | PreferenceLoss:
+def _loss(recipe: Recipe) -> AnyLoss:
     try:
         return create_loss_function({"type": recipe.loss.type, "params": recipe.loss.params})
     except ValueError as error:
@@ -138,6 +147,20 @@ def _require_tokenizer(path: Path, tokenizer: Tokenizer, key: str) -> None:
         )
 
 
-def _load(path: Path, tokenizer: Tokenizer, key: str) -> MoaiForCausalLM:
+def _settings(recipe: Recipe) -> Settings | None:
+    """Of a model that is trained to make vectors; None for a language model."""
+    loss, chosen = _loss(recipe), recipe.embedding
+    if not isinstance(loss, ContrastiveLoss):
+        return None
+    return Settings(
+        pooling=chosen.pooling, projection=chosen.projection, normalize=chosen.normalize,
+        bidirectional=chosen.bidirectional, dropout=chosen.dropout,
+        temperature=loss.temperature if loss.learned_temperature else None,
+    )  # fmt: skip
+
+
+def _load(path: Path, tokenizer: Tokenizer, key: str, vectors: Settings | None = None) -> MoaiForCausalLM:
     _require_tokenizer(path, tokenizer, key)
+    if vectors is not None:
+        return load_for_vectors(path, vectors)  # type: ignore[return-value]
     return MoaiForCausalLM.from_pretrained(path, dtype=torch.float32)

@@ -17,7 +17,7 @@ from moai_llm.data.loader import Batch
 from moai_llm.losses import DistillationLoss
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.ops.distillation import Head
-from moai_llm.training.objective import Counts, MicroBatch, count_tokens, hidden_states, with_router
+from moai_llm.training.objective import Counts, MicroBatch, Reads, count_tokens, hidden_states, with_router
 from moai_llm.training.precision import AUTOCAST, Precision
 from moai_llm.training.reference import fingerprint_of
 
@@ -30,7 +30,7 @@ class Distillation:
         teacher: its model directory, and `load` reads it.
     """
 
-    pairs = False
+    reads: Reads = "rows"
 
     def __init__(self, loss: DistillationLoss, tokens: int, teacher: Path, load: Callable[[], MoaiForCausalLM]) -> None:
         self.loss, self.tokens, self.path, self.load = loss, tokens, teacher, load
@@ -43,6 +43,9 @@ class Distillation:
         dtype = AUTOCAST[precision.name] or torch.float32  # what the products run in anyway
         teacher = self.load().to(device=precision.device, dtype=dtype)  # type: ignore[call-arg]
         self.teacher = teacher.eval().requires_grad_(False)
+
+    def look_ahead(self, *_: Any) -> None:
+        pass
 
     def count(self, batches: Sequence[Batch]) -> Counts:
         tokens = count_tokens(batches)

@@ -238,14 +238,17 @@ def _accumulate(
 ) -> dict[str, Tensor]:
     """The gradient of a step, into the weights' `grad`; returns the numbers of its micro-batches, added up."""
     device, row, sums = precision.device, 0, dict[str, Tensor]()
+    parts: list[tuple[Batch, Tensor]] = []
     for batch in batches:
         on_device = {key: tensor.to(device, non_blocking=True) for key, tensor in batch.items()}
-        key = noise_keys(*noise_seed, range(row, row + batch["input_ids"].shape[0]), device)
+        parts.append((on_device, noise_keys(*noise_seed, range(row, row + batch["input_ids"].shape[0]), device)))
+        row += len(parts[-1][1])
+    objective.look_ahead(model, parts, precision)
+    for on_device, key in parts:
         with precision.autocast(), precision.saving():
             part = objective.forward(model, on_device, counts, router_load=router_load, noise_key=key)
         precision.scaler.scale(part.loss).backward()
         add_up(sums, part.numbers)
-        row += len(key)
     return sums
 
 

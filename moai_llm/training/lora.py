@@ -114,7 +114,7 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 def plain_twin(model: MoaiForCausalLM) -> MoaiForCausalLM:
     """The model without adapters and without memory, to be saved with `summed_weights`."""
     with torch.device("meta"):
-        twin = MoaiForCausalLM(model.config)
+        twin = type(model)(model.config)
     twin.generation_config = model.generation_config
     return twin
 

@@ -85,7 +85,7 @@ def find_lr(recipe: Recipe, progress: Progress = lambda step, lr, loss: None, st
     seed_everything(recipe.train.seed)
     tokenizer = open_stages(recipe.data)[0].sources[0].store.tokenizer()
     objective = build_objective(recipe, tokenizer)
-    if objective.pairs:
+    if objective.reads != "rows":
         raise MoaiError(f"--find-lr looks at the loss of the next token, and loss.type={recipe.loss.type} is none")
     loader = open_data(recipe, max(1, recipe.train.batch_tokens // recipe.data.seq_len), device)
     assert isinstance(loader, Loader)

@@ -139,6 +139,8 @@ class Monitor:
         parts = [f"loss {row['loss']:.3f}"]
         if "reward_accuracy" in row:
             parts.append(f"accuracy {row['reward_accuracy']:.0%}")
+        if "accuracy" in row:
+            parts.append(f"accuracy {row['accuracy']:.0%}")
         if "kl" in row:
             parts.append(f"kl {row['kl']:.3f}")
         if "lr" in row:

@@ -5,7 +5,7 @@ loss of one micro-batch. The next token is here; pairs of answers and a teacher 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from moai_llm.data.shards import Store
 from moai_llm.losses import shift_labels
 from moai_llm.modeling.model import MoaiForCausalLM, MoaiModelOutput, router_loss
 from moai_llm.training.precision import Precision
+
+Reads = Literal["rows", "preference", "embedding"]
 
 
 class Counts(NamedTuple):
@@ -35,8 +37,8 @@ class Objective(Protocol):
     """Another kind of training is another class of this shape."""
 
     @property
-    def pairs(self) -> bool:
-        """Whether it reads preference pairs; else rows of text and conversations."""
+    def reads(self) -> Reads:
+        """Rows of text and conversations, preference pairs, or records of texts that belong together."""
 
     def identity(self) -> dict[str, str]:
         """Digests of what the loss depends on beside the data; a resumed run must find the same."""
@@ -47,6 +49,11 @@ class Objective(Protocol):
         """What has to be there before the first step. Unless the run is resumed, `model` is as it starts."""
 
     def count(self, batches: Sequence[Batch]) -> Counts: ...
+
+    def look_ahead(self, model: Any, parts: Sequence[tuple[Batch, Tensor]], precision: Precision) -> None:
+        """Called before the first `forward` of a step with all its micro-batches and their noise keys, for a loss in
+        which each of them depends on all.
+        """
 
     def forward(
         self,
@@ -62,12 +69,15 @@ class Objective(Protocol):
 class NextToken:
     """The next token, by the loss that the model holds: pretraining and fine-tuning."""
 
-    pairs = False
+    reads: Reads = "rows"
 
     def identity(self) -> dict[str, str]:
         return {}
 
     def prepare(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def look_ahead(self, *_: Any) -> None:
         pass
 
     def count(self, batches: Sequence[Batch]) -> Counts:

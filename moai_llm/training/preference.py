@@ -23,7 +23,7 @@ from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError
 from moai_llm.training import lora, reference
 from moai_llm.training.fitting import rows_of
-from moai_llm.training.objective import Counts, MicroBatch, count_tokens, hidden_states, with_router
+from moai_llm.training.objective import Counts, MicroBatch, Reads, count_tokens, hidden_states, with_router
 from moai_llm.training.precision import Precision
 from moai_llm.training.reference import Origin, file_of, fingerprint_of
 
@@ -35,7 +35,7 @@ class Preference:
         start: reads the model of train.init_from once more, for a resumed run whose reference is gone.
     """
 
-    pairs = True
+    reads: Reads = "preference"
 
     def __init__(self, loss: PreferenceLoss, recipe: Recipe, start: Callable[[], MoaiForCausalLM]) -> None:
         self.loss, self.recipe, self.start = loss, recipe, start
@@ -135,6 +135,9 @@ class Preference:
     def _log_probs_of(self, model: MoaiForCausalLM, batch: Batch) -> Tensor:
         output, targets = hidden_states(model, batch)
         return pair_log_probs(model, output, batch, targets)[0]
+
+    def look_ahead(self, *_: object) -> None:
+        pass
 
     def count(self, batches: Sequence[Batch]) -> Counts:
         return Counts(sum(int((batch["pairs"] >= 0).sum()) for batch in batches), count_tokens(batches))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moai_llm import recipe as recipes
 from moai_llm.data.ahead import Ahead
+from moai_llm.data.embedding_loader import EmbeddingLoader
 from moai_llm.data.loader import Batch, Loader, open_stages
 from moai_llm.data.pair_loader import PairLoader
 from moai_llm.modeling.model import MoaiForCausalLM
@@ -63,7 +64,7 @@ class Run:
     out: Path
     tokenizer: Tokenizer
     objective: Objective
-    loader: Loader | PairLoader
+    loader: Loader | PairLoader | EmbeddingLoader
     rows: int
     total: int
     model: MoaiForCausalLM
@@ -104,7 +105,7 @@ class Run:
         rows = max(1, recipe.train.batch_tokens // recipe.data.seq_len)
         tokenizer = open_stages(recipe.data)[0].sources[0].store.tokenizer()
         objective = build_objective(recipe, tokenizer)
-        loader = open_data(recipe, rows, device, pairs=objective.pairs)
+        loader = open_data(recipe, rows, device, reads=objective.reads)
         model = build_model(recipe, tokenizer, device, latest)
         if recipe.train.init_from:
             recipe = with_model_of(recipe, model.config)

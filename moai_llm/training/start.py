@@ -10,6 +10,7 @@ from typing import NamedTuple
 from moai_llm import recipe as recipes
 from moai_llm.architecture import Architecture
 from moai_llm.config import MoaiConfig
+from moai_llm.data.embedding_loader import EmbeddingLoader
 from moai_llm.data.loader import Loader
 from moai_llm.data.pair_loader import PairLoader
 from moai_llm.recipe import LENGTHS, MAY_CHANGE, Recipe
@@ -64,7 +65,7 @@ def discard(out: Path) -> None:
         shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
 
 
-def total_steps(recipe: Recipe, loader: Loader | PairLoader, rows: int) -> int:
+def total_steps(recipe: Recipe, loader: Loader | PairLoader | EmbeddingLoader, rows: int) -> int:
     """Steps of the run from whichever of steps, tokens, epochs is given."""
     given = {name: getattr(recipe.train, name) for name in LENGTHS if getattr(recipe.train, name) is not None}
     if len(given) != 1:
