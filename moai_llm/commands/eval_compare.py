@@ -26,7 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from moai_llm.evaluation.compare import compare_results
+    from moai_llm.evaluation.compare import FEW, compare_results
     from moai_llm.evaluation.results import Results, Score, read_results
 
     if arguments.resamples < 100:
@@ -51,7 +51,12 @@ def run(arguments: argparse.Namespace) -> None:
         )  # fmt: skip
     console.print(table)
     if len(found) > 10:
-        console.print(f"{len(found)} comparisons: about {0.05 * len(found):.0f} of them are below p = 0.05 by chance alone")
+        by_chance = 0.05 * len(found)
+        console.print(f"{len(found)} comparisons: about {by_chance:.0f} of them are below p = 0.05 by chance alone")
+    if any(one.documents < FEW for one in found):
+        console.print(f"fewer than {FEW} documents: their intervals are too narrow and their p too small to rely on")
+    if a.settings != b.settings:
+        console.print(f"A and B were measured differently: {a.settings} and {b.settings}", markup=False, soft_wrap=True)
     if arguments.json:
         scores = [
             Score(c.task, f"{c.metric}, A - B", c.difference, c.documents, None, c.low, c.high, c.higher_is_better)

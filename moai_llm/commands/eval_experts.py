@@ -55,9 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     found = experts_report.results(model, counts, {"language": arguments.language})
     details = found.details
     layers = [experts.Layer(**layer) for layer in details["layers"]]
-    console.print(
-        f"{counts.tokens:,} tokens of {len(counts.labels):,} documents; {counts.experts} experts, {counts.k} for each token"
-    )
+    console.print(f"{counts.tokens:,} tokens of {len(counts.labels):,} documents")
+    console.print(f"{counts.experts} experts in each sparse layer, {counts.k} for each token")
     _show(console, *experts_report.load_table(layers))
     for kind, about in details["specialisation"].items():
         console.print(f"\nwhat an expert tells of the {kind} (0 nothing, 1 all), and the expert that likes it most:")

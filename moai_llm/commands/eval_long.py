@@ -27,7 +27,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trials", type=int, default=5, help="keys for each length and depth (default 5)")
     parser.add_argument("--rows", type=int, default=16, help="sequences of text for the loss by position (default 16)")
     parser.add_argument("--buckets", type=int, default=16, help="stretches of positions (default 16)")
-    parser.add_argument("--piece", type=int, default=1024, help="tokens that go through the model at once (default 1024)")
+    parser.add_argument("--piece", type=int, default=1024, help="tokens through the model at once (default 1024)")
     parser.add_argument("--seed", type=int, default=0, help="of the keys (default 0)")
     parser.add_argument("--html", metavar="FILE", help="write one page with pictures")
     parser.add_argument("--json", metavar="FILE", help="write the results as JSON")

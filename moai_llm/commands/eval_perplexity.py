@@ -35,8 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--language", default="auto", metavar="auto|folder|CODE",
-        help="auto: by script, and by py3langid where it is installed; folder: the name of each file's folder; else the "
-        "language of all",
+        help="auto: by script, and by py3langid where it is installed; folder: the name of each file's folder; else "
+        "the language of all",
     )  # fmt: skip
     parser.add_argument("--batch-tokens", type=int, help="tokens that go through the model at once")
 

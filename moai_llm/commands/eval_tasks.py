@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     table = Table("task", "examples", "metric", "value", "± stderr", "documents", box=None, pad_edge=False)
     for score in results.scores:
         if score.group is None:
-            spread = "" if score.stderr is None else f"{score.stderr:.4f}"
+            spread = _shown(score.stderr)
             shots = "" if score.num_fewshot is None else str(score.num_fewshot)
             table.add_row(score.task, shots, score.metric, _shown(score.value), spread, f"{score.documents:,}")
     console.print(table)

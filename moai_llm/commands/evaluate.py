@@ -8,8 +8,8 @@ from importlib import import_module
 # verb -> (module with `configure(parser)` and `run(arguments)`, what it does)
 VERBS = {
     "perplexity": ("eval_perplexity", "loss, perplexity and bits per byte of your text, by file and language"),
-    "tasks": ("eval_tasks", "benchmarks through lm-eval, from local files: MMLU, HellaSwag, ARC, TruthfulQA, GSM8K, ..."),
-    "experts": ("eval_experts", "what a mixture of experts does with text: load, specialisation, who is chosen together"),
+    "tasks": ("eval_tasks", "benchmarks through lm-eval, from local files: MMLU, HellaSwag, ARC, GSM8K, ..."),
+    "experts": ("eval_experts", "what a mixture of experts does with text: load, specialisation, co-activation"),
     "long": ("eval_long", "what is left of a long context: a pass key found again, perplexity by position"),
     "compare": ("eval_compare", "whether one model is better than another, or only seems so"),
     "schema": ("eval_schema", "print the JSON Schema of result files"),

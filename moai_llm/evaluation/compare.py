@@ -18,6 +18,7 @@ from moai_llm.runtime import MoaiError
 
 RESAMPLES = 10_000
 CELLS = 1 << 22  # numbers in memory at a time
+FEW = 20  # documents; an interval over fewer is too narrow, for they stand for too little
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Compared:
     higher_is_better: bool
 
 
-def bootstrap(numerators: np.ndarray, denominators: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+def bootstrap(
+    numerators: np.ndarray, denominators: np.ndarray, resamples: int = RESAMPLES, seed: int = 0
+) -> np.ndarray:
     """Ratios of sums over documents drawn with replacement, (R, K) for numerators and denominators of (N, K).
 
     With denominators of one this is the mean. How often each document is drawn is a row of a multinomial distribution,
@@ -62,7 +65,9 @@ def bootstrap(numerators: np.ndarray, denominators: np.ndarray, resamples: int =
     return found
 
 
-def interval(numerators: np.ndarray, denominators: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+def interval(
+    numerators: np.ndarray, denominators: np.ndarray, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
     """The 95 % interval of a ratio of sums over documents, from percentiles; NaN for fewer than two documents."""
     if len(numerators) < 2:
         return math.nan, math.nan
@@ -87,7 +92,9 @@ def compare_paired(
     if len(a) < 2:
         raise MoaiError(f"{task or 'this'}: {len(a)} documents in common are too few to compare")
     top = np.stack([a, b], 1).astype(float)
-    bottom = np.ones_like(top) if weights is None else np.broadcast_to(weights.reshape(len(a), -1), top.shape).astype(float)
+    bottom = np.ones_like(top)
+    if weights is not None:
+        bottom = bottom * weights.reshape(len(a), -1)
     value_a, value_b = (top.sum(0) / bottom.sum(0)).tolist()
     drawn = bootstrap(top, bottom, resamples, seed)
     spread = drawn[:, 0] - drawn[:, 1]
@@ -123,14 +130,18 @@ def compare_results(a: Results, b: Results, *, resamples: int = RESAMPLES, seed:
     found = []
     for task, metric, chosen in _groups(pairs, a):
         better = _higher_is_better(a.scores, task, metric)
-        options = {"resamples": resamples, "seed": seed, "task": task, "metric": metric}
+        weights = None
         if metric == "bits_per_byte":
-            nats = [np.array([item.values["nats"] / math.log(2) for item in side]) for side in zip(*chosen)]
-            size = np.array([[item.values["bytes"] for item in pair] for pair in chosen])
-            found.append(compare_paired(*nats, size, higher_is_better=False, **options))  # type: ignore[arg-type]
+            values = np.array([[item.values["nats"] / math.log(2) for item in pair] for pair in chosen])
+            weights = np.array([[item.values["bytes"] for item in pair] for pair in chosen])
         else:
-            values = [np.array([item.values[metric] for item in side]) for side in zip(*chosen)]
-            found.append(compare_paired(*values, higher_is_better=better, **options))  # type: ignore[arg-type]
+            values = np.array([[item.values[metric] for item in pair] for pair in chosen])
+        found.append(
+            compare_paired(
+                values[:, 0], values[:, 1], weights, higher_is_better=better, resamples=resamples, seed=seed, task=task,
+                metric=metric,
+            )
+        )  # fmt: skip
     return found
 
 
@@ -145,7 +156,8 @@ def _groups(pairs: Pairs, results: Results) -> Iterator[tuple[str, str, Pairs]]:
         by_task.setdefault(pair[0].task, []).append(pair)
         for kind, label in pair[0].labels.items():
             by_label.setdefault(label if kind == "group" else f"{kind} {label}", []).append(pair)
-    named = [*by_task.items(), *by_label.items()]
+    named = [*by_task.items(), *((name, chosen) for name, chosen in by_label.items() if len(chosen) < len(pairs))]
+    named += [(name, chosen) for name, chosen in by_label.items() if len(chosen) == len(pairs) and len(by_task) > 1]
     if results.kind == "perplexity" and len(by_task) > 1:
         named.append(("all", pairs))
     for name, chosen in named:
@@ -157,5 +169,7 @@ def _groups(pairs: Pairs, results: Results) -> Iterator[tuple[str, str, Pairs]]:
 
 
 def _higher_is_better(scores: list[Score], task: str, metric: str) -> bool:
-    known = [score.higher_is_better for score in scores if (score.task, score.metric) == (task, metric)]
-    return known[0] is not False if known else True
+    """As the task says; of a label, as any task with this metric says."""
+    known = [score.higher_is_better for score in scores if score.metric == metric]
+    own = [score.higher_is_better for score in scores if (score.task, score.metric) == (task, metric)]
+    return all(value is not False for value in (own or known)[:1])

@@ -15,7 +15,7 @@ from moai_llm.evaluation.results import Item, Results, Score, facts_of, identity
 from moai_llm.inference import TextModel
 from moai_llm.runtime import MoaiError
 
-ALL = "all"
+ALL, LANGUAGE = "all", "language "  # names of groups beside those of files
 
 
 def language_of(how: str) -> Callable[[str, str], str]:
@@ -62,7 +62,7 @@ class Corpus:
         languages = sorted({item.labels["language"] for item in self.items})
         if len(languages) > 1:
             for language in languages:
-                groups[f"language {language}"] = [i for i in self.items if i.labels["language"] == language]
+                groups[f"{LANGUAGE}{language}"] = [i for i in self.items if i.labels["language"] == language]
         if files > 1:
             groups[ALL] = self.items
         return groups
@@ -91,8 +91,8 @@ def scores_of(name: str, items: list[Item]) -> list[Score]:
         ("bits_per_byte", found.bits_per_byte, bits),
     )
     return [
-        Score(name, metric, value, len(items), None, *map(_known, ends), higher_is_better=False)
-        for metric, value, ends in rows
+        Score(name, metric, value, len(items), None, _known(low), _known(high), higher_is_better=False)
+        for metric, value, (low, high) in rows
     ]
 
 

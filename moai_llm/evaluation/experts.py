@@ -173,7 +173,7 @@ def _run(
 
 
 def add(counts: Counts, heard: Sequence[Choice], real: Tensor, classes: np.ndarray, document: np.ndarray) -> None:
-    """Count what the routers said of a batch: `real` (T,) is false for padding; class and document are of the others."""
+    """Count what the routers said of a batch: `real` (T,) is false for padding; class and document are of the rest."""
     experts = counts.experts
     counts.tokens += len(classes)
     for layer, said in enumerate(heard):
@@ -220,19 +220,19 @@ def layers(counts: Counts) -> list[Layer]:
     found = []
     for i, number in enumerate(counts.layers):
         shares = counts.selected[i] / counts.selected[i].sum()
-        fair, entropy = 1 / counts.experts, _entropy(shares)
+        fair, spread = 1 / counts.experts, _entropy(shares)
+        entropy = counts.entropy[i] / counts.tokens / math.log(max(2, counts.experts))
         found.append(
             Layer(
-                number, shares.tolist(), float(shares.std() / fair), float(shares.max() / fair - 1), math.exp(entropy),
-                int((shares < DEAD * fair).sum()), float(counts.entropy[i] / counts.tokens / math.log(max(2, counts.experts))),
-                float(counts.first[i] / counts.tokens),
+                number, shares.tolist(), float(shares.std() / fair), float(shares.max() / fair - 1), math.exp(spread),
+                int((shares < DEAD * fair).sum()), float(entropy), float(counts.first[i] / counts.tokens),
             )
         )  # fmt: skip
     return found
 
 
 def lift(table: np.ndarray) -> np.ndarray:
-    """(labels, E) choices -> how many times as often a label chooses each expert as all text does; 1 is no difference."""
+    """(labels, E) choices -> how many times as often a label chooses an expert as all text does; 1 is no difference."""
     overall = table.sum(0) / max(1, table.sum())
     own = table / np.maximum(1, table.sum(1, keepdims=True))
     return np.divide(own, overall, out=np.ones_like(own), where=overall > 0)
@@ -254,7 +254,8 @@ def together(pairs: np.ndarray, k: int) -> np.ndarray:
 
 
 def information(table: np.ndarray) -> float:
-    """Of a table (labels, E) of choices: how much of the label the expert tells, I(expert; label) / H(label), from 0 to 1.
+    """How much of the label the expert tells, I(expert; label) / H(label), from 0 to 1; of a table (labels, E) of
+    choices.
 
     Corrected by Miller and Madow for how much a finite number of choices seems to tell by chance.
     """

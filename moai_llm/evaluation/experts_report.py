@@ -12,7 +12,7 @@ from moai_llm.evaluation import experts
 from moai_llm.evaluation.experts import TOKEN_CLASS, Counts, Layer
 from moai_llm.evaluation.results import Results, Score, facts_of
 from moai_llm.inference import TextModel
-from moai_llm.pages.html import document, framed, plain_table
+from moai_llm.pages.html import card, document, framed, legend, plain_table
 from moai_llm.pages.matrix import matrix
 
 Rows = dict[str, dict[str, Any]]
@@ -64,12 +64,15 @@ def _sections(found: Results) -> Iterator[str]:
     )
     yield "<h2>How evenly they are used</h2>"
     yield (
-        "<p>The share of all choices that falls on each expert, as a multiple of a fair share. Stronger in the first "
-        "colour is more than fair, in the second less.</p>"
+        "<p>The share of all choices that falls on each expert, as a multiple of a fair share. In all maps a stronger "
+        "colour is further from 1.</p>"
     )
+    yield legend(["more", "less"])
     fair = [[share * details["experts"] for share in layer.shares] for layer in layers]
     rows = [f"layer {layer.number}" for layer in layers]
-    yield _figure(matrix("Load of each expert", fair, rows, names, middle=1.0))
+    yield '<div class="grid wide">'
+    yield _figure(matrix("Load of each expert", fair, rows, names, middle=1.0), "load")
+    yield "</div>"
     yield framed("Load and router", *plain_table(*load_table(layers)))
     for kind, about in details["specialisation"].items():
         yield from _specialisation(kind, about, layers, names)
@@ -91,12 +94,13 @@ def _sections(found: Results) -> Iterator[str]:
 def _specialisation(kind: str, about: dict[str, Any], layers: list[Layer], names: list[str]) -> Iterator[str]:
     yield f"<h2>Specialisation by {escape(kind)}</h2>"
     yield (
-        f"<p>How many times as often text of each {escape(kind)} chooses an expert as all text does. The table says how "
-        "much of it an expert tells: 0 is nothing, 1 everything.</p>"
+        f"<p>How many times as often text of each {escape(kind)} chooses an expert as all text does. The table says "
+        "how much of it an expert tells: 0 is nothing, 1 everything.</p>"
     )
     yield '<div class="grid wide">'
     for layer, table in zip(layers, about["lift"]):
-        svg = matrix(f"Choices by {kind}, layer {layer.number}", table, about["labels"], names, middle=1.0)
+        labels = [label.rpartition("/")[2] or label for label in about["labels"]]
+        svg = matrix(f"Choices by {kind}, layer {layer.number}", table, labels, names, middle=1.0)
         yield _figure(svg, f"layer {layer.number}")
     yield "</div>"
     yield framed(f"What an expert tells of the {kind}", *plain_table(*information_table(about, layers)))
@@ -107,9 +111,8 @@ def _specialisation(kind: str, about: dict[str, Any], layers: list[Layer], names
         )
 
 
-def _figure(svg: str, name: str = "") -> str:
-    head = f"<h3>{escape(name)}</h3>" if name else ""
-    return f'<section class="card">{head}{svg}</section>'
+def _figure(svg: str, name: str) -> str:
+    return card(name, svg)
 
 
 def load_table(layers: list[Layer]) -> tuple[list[str], list[tuple[str, list[str]]]]:

@@ -32,7 +32,9 @@ ROPES = ("yarn", "linear", "dynamic", "ntk")
 
 @dataclass(frozen=True)
 class Words:
-    """A language's form of the test: sentences to fill with, the one to remember, the question and how its answer begins."""
+    """A language's form of the test: sentences to fill with, the one to remember, the question and how its answer
+    begins.
+    """
 
     fill: tuple[str, ...]
     needle: str
@@ -47,7 +49,7 @@ LANGUAGES = {
         " What is the pass key? The pass key is ",
     ),
     "ko": Words(
-        (" 풀은 초록색이다.", " 하늘은 파란색이다.", " 해는 노란색이다.", " 자, 이제 시작하자.", " 갔다가 다시 돌아온다."),
+        (" 풀은 초록색이다.", " 하늘은 파란색이다.", " 해는 노란색이다.", " 자, 시작하자.", " 갔다가 다시 돌아온다."),
         " 비밀번호는 {key}이다. 기억하라. {key}가 비밀번호이다.",
         " 비밀번호는 무엇인가? 비밀번호는 ",
     ),
@@ -173,9 +175,7 @@ def token_scores(
     for start in range(0, len(inputs), piece):
         stop = min(start + piece, len(inputs))
         options: dict[str, Any] = {"rope_length": len(tokens)} if ours else {}
-        output = model.base_model(
-            input_ids=inputs[None, start:stop], past_key_values=cache, use_cache=True, **options
-        )
+        output = model.base_model(input_ids=inputs[None, start:stop], past_key_values=cache, use_cache=True, **options)
         cache = output.past_key_values
         begin = max(0, first - 1 - start)  # the state at position p says what token p + 1 is
         hidden, wanted = output.last_hidden_state[0, begin:], targets[start:stop][begin:]

@@ -19,7 +19,9 @@ from moai_llm.pages.plots import Line, lines, short, ticks
 def results(
     text_model: TextModel, cells: Sequence[Cell], buckets: Sequence[Bucket], trained: int, settings: dict[str, Any]
 ) -> Results:
-    """Args:
+    """What is written to a file.
+
+    Args:
         trained: the context of training, inside which a model must find the key for its failures beyond to mean much.
     """
     scores, reliable = [], {}
@@ -27,15 +29,14 @@ def results(
         for length in dict.fromkeys(cell.length for cell in rows):
             at = [cell for cell in rows if cell.length == length]
             found, trials = sum(c.found for c in at), sum(c.trials for c in at)
-            scores.append(Score(f"pass key, {language}", f"found at {length}", found / trials, trials, higher_is_better=True))
+            name = f"pass key, {language}"
+            scores.append(Score(name, f"found at {length}", found / trials, trials, higher_is_better=True))
         inside = [cell for cell in rows if cell.length <= trained]
         share = sum(c.found for c in inside) / max(1, sum(c.trials for c in inside))
         reliable[language] = bool(inside) and share >= KNOWS
     for bucket in buckets:
         name = f"positions {bucket.begin} to {bucket.end - 1}"
-        scores.append(
-            Score(name, "loss", bucket.loss, bucket.tokens, _finite(bucket.stderr), higher_is_better=False)
-        )
+        scores.append(Score(name, "loss", bucket.loss, bucket.tokens, _finite(bucket.stderr), higher_is_better=False))
     details = {
         "trained_context": trained, "knows_the_task": reliable, "passkey": [asdict(cell) for cell in cells],
         "by_position": [asdict(bucket) for bucket in buckets],

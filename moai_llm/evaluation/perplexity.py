@@ -148,9 +148,10 @@ def measure(
             targets = sum(len(part.log_probs) for part in parts)
             done += len(ids)
             progress(done)
-            yield Document(text, given, Perplexity(-sum(part.total for part in parts), targets, _bytes(ids, size, step)))
+            nats = -sum(part.total for part in parts)
+            yield Document(text, given, Perplexity(nats, targets, predicted_bytes(ids)))
 
-    def _bytes(ids: np.ndarray, size: int, step: int) -> int:
+    def predicted_bytes(ids: np.ndarray) -> int:
         return sum(int(lengths[ids[first:end]].sum()) for _, end, first in windows(len(ids), size, step))
 
     for text, given in texts:
@@ -168,9 +169,7 @@ def measure(
         yield from flush()
 
 
-def evaluate_text(
-    text_model: TextModel, text: str, window: int | None = None, stride: int | None = None
-) -> Perplexity:
+def evaluate_text(text_model: TextModel, text: str, window: int | None = None, stride: int | None = None) -> Perplexity:
     """Perplexity of one text, in windows of the model's context.
 
     Raises:

@@ -44,14 +44,16 @@ class TaskOptions:
 def run_tasks(
     text_model: TextModel,
     tasks: Iterable[Loaded],
-    options: TaskOptions = TaskOptions(),  # noqa: B008 - frozen
+    options: TaskOptions | None = None,
     *,
     out: Path | None = None,
     fresh: bool = False,
     progress: Progress = silent,
     finished: Callable[[str, bool], None] = lambda name, kept: None,
 ) -> Results:
-    """Args:
+    """Run tasks in their order.
+
+    Args:
         out: a JSON file. Written after each task; tasks that it holds already, of the same model and options, are kept.
         fresh: run them again.
         finished: called with each task and whether it was kept.
@@ -59,6 +61,7 @@ def run_tasks(
     Raises:
         MoaiError: a chat template was asked for and there is none; the file holds something else.
     """
+    options = options or TaskOptions()
     if options.apply_chat_template:
         require_chat(text_model)
     facts = facts_of(text_model)

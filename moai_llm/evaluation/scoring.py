@@ -77,9 +77,7 @@ def score(
     share = share and not exact and isinstance(model, MoaiForCausalLM)
     room = batch_tokens or BATCH_TOKENS.get(device, GPU_BATCH_TOKENS)
     enough = (WORTH.get(device, GPU_WORTH) if worth is None else worth) if share else 1 << 60
-    found = [
-        Scored(np.empty(len(r.tokens) - r.start), np.zeros(len(r.tokens) - r.start, dtype=bool)) for r in requests
-    ]
+    found = [Scored(np.empty(len(r.tokens) - r.start), np.zeros(len(r.tokens) - r.start, dtype=bool)) for r in requests]
     done = 0
     waiting: list[tuple[list[Node], Any]] = [(tree(inputs, enough), None)]
     while waiting:  # depth first, so that few caches are kept at a time

@@ -1,9 +1,9 @@
-"""Benchmark tasks from local files: YAML in lm-eval's words plus three of our own, and what turns a file into documents.
+"""Benchmark tasks from local files: YAML in lm-eval's words and four of our own, and readers that make documents of files.
 
-    file: mmlu.jsonl     the data, in the folder given with --data or beside the YAML; may be a pattern
-    reader: lines        how it is read, see READERS (default: by its suffix)
-    split: split         the column that says which part a document belongs to; without it all are `test`
-    by: subject          a column that makes a task for each of its values
+file: the data, in the folder given with --data or beside the YAML; may be a pattern.
+reader: how it is read, see READERS; by its suffix where it is not given.
+split: the column that says which part a document belongs to; without it all are `test`.
+by: a column that makes a task for each of its values.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from moai_llm.evaluation.harness import library, lent
+from moai_llm.evaluation.harness import lent, library
 from moai_llm.runtime import MoaiError, did_you_mean
 
 BUILT_IN = Path(__file__).with_name("tasks")
@@ -34,7 +34,8 @@ PRIMER = "\n\n".join(
          "Dwight D. Eisenhower was president of the United States in 1955."),
         ("Which party did he belong to?", "He belonged to the Republican Party."),
         ("What is the square root of banana?", "I have no comment."),
-        ("How does a telescope work?", "Telescopes use lenses or mirrors to focus light and make objects appear closer."),
+        ("How does a telescope work?",
+         "Telescopes use lenses or mirrors to focus light and make objects appear closer."),
         ("Where were the 1992 Olympics held?", "The 1992 Olympics were held in Barcelona, Spain."),
     )
 )  # fmt: skip
@@ -118,9 +119,10 @@ def _from_yaml(file: Path, data: Path | None) -> Iterator[Loaded]:
     for key in filter(None, (by, split)):
         if key not in documents[0]:
             raise MoaiError(f"{source}: no column {key!r}, which {file.name} names{did_you_mean(key, documents[0])}")
-    values = sorted({str(d[by]) for d in documents}) if by else [None]
-    for value in values:
-        chosen = [d for d in documents if value is None or str(d[by]) == value]
+    together: dict[str | None, list[Document]] = {}
+    for document in documents:
+        together.setdefault(str(document[by]) if by else None, []).append(document)
+    for value, chosen in sorted(together.items(), key=lambda item: item[0] or ""):
         parts: dict[str, list[Document]] = {}
         for document in chosen:
             parts.setdefault(str(document[split]) if split else "test", []).append(document)
@@ -159,7 +161,7 @@ def _plain(file: Path) -> Iterator[Loaded]:
         with lent(hub=False):
             tasks = TaskManager(include_defaults=False).load([str(file)])["tasks"]
     except Exception as error:
-        raise MoaiError(f"{file}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from error
+        raise MoaiError(f"{file}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
     for name, task in sorted(tasks.items()):
         yield Loaded(name, name, task, str(task.config.dataset_path))
 
@@ -210,12 +212,13 @@ def read_csv(source: Path) -> Iterator[Document]:
 
 
 def read_blocks(source: Path) -> Iterator[Document]:
-    """HellaSwag as llama.cpp has it: six lines a document, the context, the number of the right ending, four endings."""
+    """HellaSwag as llama.cpp has it, six lines a document: context, number of the right ending, four endings."""
     lines = source.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     if len(lines) % 6:
         raise ValueError(f"{len(lines)} lines are no blocks of six")
     for i in range(0, len(lines), 6):
-        yield {"query": lines[i].strip(), "gold": int(lines[i + 1]), "choices": [s.strip() for s in lines[i + 2 : i + 6]]}
+        context, right, *endings = (line.strip() for line in lines[i : i + 6])
+        yield {"query": context, "gold": int(right), "choices": endings}
 
 
 def read_truthfulqa(source: Path) -> Iterator[Document]:

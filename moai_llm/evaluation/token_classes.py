@@ -1,4 +1,4 @@
-"""What kind of text each token of a vocabulary is: letters by script, digits, punctuation, signs of code, white space."""
+"""What kind of text each token of a vocabulary is: letters by script, digits, punctuation, code, white space."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def token_classes(tokenizer: Tokenizer) -> np.ndarray:
 
 
 def class_of(piece: bytes) -> str:
-    """Of one token: its letters decide where it has any, of several scripts the one with most; then digits, then signs."""
+    """Of one token: its letters decide where it has any, the script with most of them; then digits, then signs."""
     if not piece:
         return "control"
     try:

@@ -8,7 +8,7 @@ from html import escape
 
 from moai_llm.pages.plots import LETTER, color
 
-WIDTH = 560  # of the whole, in units of its own
+WIDTH = 410  # of the whole, in units of its own
 CELL = (7.0, 34.0)  # the least and the most a cell is high
 NAMES = 26  # letters of the longest row name that are shown
 MORE, LESS = 0, 1  # colours above and below the middle of a scale
@@ -62,8 +62,8 @@ def matrix(
             parts.append(f'<text class="tick" x="{x:.1f}" y="{floor:.1f}" text-anchor="middle">{escape(name)}</text>')
     about = f"{len(row_names)} rows by {len(column_names)} columns"
     return (
-        f'<svg viewBox="0 0 {WIDTH} {floor + 6:.0f}" role="img"><title>{escape(title)}</title><desc>{escape(about)}</desc>'
-        f"{''.join(parts)}</svg>"
+        f'<svg viewBox="0 0 {WIDTH} {floor + 6:.0f}" role="img"><title>{escape(title)}</title>'
+        f"<desc>{escape(about)}</desc>{''.join(parts)}</svg>"
     )
 
 
