@@ -170,6 +170,8 @@ def _groups(pairs: Pairs, results: Results) -> Iterator[tuple[str, str, Pairs]]:
 
 def _higher_is_better(scores: list[Score], task: str, metric: str) -> bool:
     """As the task says; of a label, as any task with this metric says."""
+    if metric == "bits_per_byte":
+        return False
     known = [score.higher_is_better for score in scores if score.metric == metric]
     own = [score.higher_is_better for score in scores if (score.task, score.metric) == (task, metric)]
     return all(value is not False for value in (own or known)[:1])

@@ -150,7 +150,7 @@ def passkey(
 
 
 def predictor(text_model: TextModel, piece: int = PIECE) -> Predict:
-    """Whether each token of the answer is the model's likeliest after what is before it: then greedy decoding gives it."""
+    """Whether each token of the answer is the likeliest after what is before it: then greedy decoding gives it."""
 
     def predict(prompt: Sequence[int], answer: Sequence[int]) -> bool:
         tokens = [*prompt, *answer]
@@ -164,7 +164,7 @@ def predictor(text_model: TextModel, piece: int = PIECE) -> Predict:
 def token_scores(
     text_model: TextModel, tokens: Sequence[int], *, first: int = 1, piece: int = PIECE
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For the tokens from `first` on, piece by piece: log-probability (n,) fp64, and whether it is the likeliest (n,)."""
+    """For the tokens from `first` on, piece by piece: log-probability (n,) fp64, and whether it is the likeliest."""
     model, vocabulary = text_model.model, text_model.tokenizer.vocab_size
     ours = isinstance(model, MoaiForCausalLM)
     cache: Any = new_cache(model.config) if ours else None
@@ -189,7 +189,7 @@ def token_scores(
 
 @dataclass(frozen=True)
 class Bucket:
-    """Positions from `begin` to `end`: mean loss of the tokens there, in nats, and its standard error over sequences."""
+    """Positions from `begin` to `end`: mean loss of a token there, in nats, and its standard error over sequences."""
 
     begin: int
     end: int

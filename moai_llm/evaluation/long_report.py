@@ -110,8 +110,9 @@ def _sections(found: Results) -> Iterator[str]:
         dots = [(x, y, f"positions {b.begin:,} to {b.end - 1:,}: {y:.3f}") for (x, y), b in zip(points, buckets)]
         losses = [bucket.loss for bucket in buckets]
         svg = lines(
-            "Loss by position", [Line("loss", points, dots=dots)], x_label="position", x_ticks=ticks(0, buckets[-1].end),
-            y_ticks=ticks(min(losses), max(losses)), mark=(float(details["trained_context"]), "context of training"),
+            "Loss by position", [Line("loss", points, dots=dots)], x_label="position",
+            x_ticks=ticks(0, buckets[-1].end), y_ticks=ticks(min(losses), max(losses)),
+            mark=(float(details["trained_context"]), "context of training"),
         )  # fmt: skip
         yield f'<div class="grid wide"><section class="card">{svg}</section></div>'
         yield framed("Loss by position", *plain_table(*position_table(buckets)))

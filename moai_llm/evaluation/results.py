@@ -1,4 +1,4 @@
-"""What an evaluation found, as JSON that says what was measured on what: one form for all of them, checked when read."""
+"""What an evaluation found, as JSON that says what was measured on what: one form for all, checked when read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run tasks of lm-eval on a model, one after the other, and keep what each gave: a run that stops goes on where it was."""
+"""Run tasks of lm-eval on a model and keep what each gave: a run that was stopped goes on where it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmark tasks from local files: YAML in lm-eval's words and four of our own, and readers that make documents of files.
+"""Benchmark tasks from local files: YAML in lm-eval's words and four of our own, and readers of files.
 
 file: the data, in the folder given with --data or beside the YAML; may be a pattern.
 reader: how it is read, see READERS; by its suffix where it is not given.
@@ -66,24 +66,25 @@ def load_tasks(names: list[str], data: Path | None = None, *, hub: bool = False)
         if hub and not Path(name).suffix:
             yield from _of_the_hub(name)
             continue
-        for file in _files(name):
-            yield from _from_yaml(file, data)
+        for file, part in _files(name):
+            yield from _from_yaml(file, data, part)
 
 
-def _files(name: str) -> Iterator[Path]:
+def _files(name: str) -> Iterator[tuple[Path, str | None]]:
+    """(YAML file, the part that is asked for where it makes several tasks)."""
     if Path(name).suffix in (".yaml", ".yml"):
         if not Path(name).is_file():
             raise MoaiError(f"{name}: no such file")
-        yield Path(name)
+        yield Path(name), None
         return
-    for part in ALIASES.get(name, (name,)):
-        file = BUILT_IN / f"{part}.yaml"
-        if not file.is_file():
+    for one in ALIASES.get(name, (name,)):
+        stem = max((s for s in built_in() if one == s or one.startswith(f"{s}_")), key=len, default="")
+        if not (BUILT_IN / f"{stem}.yaml").is_file():
             raise MoaiError(
                 f"no task {name!r}{did_you_mean(name, built_in())}: there are {', '.join(built_in())}, a YAML file of "
                 "your own, and lm-eval's own tasks with --hub, which downloads their data"
             )
-        yield file
+        yield BUILT_IN / f"{stem}.yaml", one if one != stem else None
 
 
 def _of_the_hub(name: str) -> Iterator[Loaded]:
@@ -101,7 +102,7 @@ def _of_the_hub(name: str) -> Iterator[Loaded]:
         yield Loaded(task_name, name, task, str(task.config.dataset_path))
 
 
-def _from_yaml(file: Path, data: Path | None) -> Iterator[Loaded]:
+def _from_yaml(file: Path, data: Path | None, part: str | None) -> Iterator[Loaded]:
     try:
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.constructor.ConstructorError:  # !function, which only lm-eval's reader knows
@@ -122,12 +123,16 @@ def _from_yaml(file: Path, data: Path | None) -> Iterator[Loaded]:
     together: dict[str | None, list[Document]] = {}
     for document in documents:
         together.setdefault(str(document[by]) if by else None, []).append(document)
+    names = {value: f"{name}_{value}" if value is not None else name for value in together}
+    if part is not None and part not in names.values():
+        raise MoaiError(f"no task {part!r}{did_you_mean(part, names.values())} in {source}")
     for value, chosen in sorted(together.items(), key=lambda item: item[0] or ""):
+        if part is not None and names[value] != part:
+            continue
         parts: dict[str, list[Document]] = {}
         for document in chosen:
             parts.setdefault(str(document[split]) if split else "test", []).append(document)
-        full = f"{name}_{value}" if value is not None else name
-        yield Loaded(full, name, _make(config, full, parts, file), str(source))
+        yield Loaded(names[value], name, _make(config, names[value], parts, file), str(source))
 
 
 def _make(config: Mapping[str, Any], name: str, parts: dict[str, list[Document]], file: Path) -> Any:
