@@ -17,7 +17,7 @@ import yaml
 from moai_llm import __version__
 from moai_llm.data.manifest import read_manifest
 from moai_llm.evaluation.corpus import ALL, LANGUAGE
-from moai_llm.evaluation.results import Results, Score, digest
+from moai_llm.evaluation.results import Results, Score, digest, name_of
 from moai_llm.runtime import MoaiError
 from moai_llm.training import environment
 from moai_llm.training.events import read_metrics
@@ -135,7 +135,7 @@ def card(facts: Facts, about: About, results: Sequence[Results] = ()) -> str:
     """The whole text, with its front matter."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    name = about.name or _name(facts.path)
+    name = about.name or name_of(facts.path)
     scores = [(found, score) for found in results for score in _main_scores(found)]
     metrics = [
         EvalResult(
@@ -171,7 +171,7 @@ def check(text: str) -> None:
 
     try:
         again = ModelCard(text)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, yaml.YAMLError) as error:
         raise MoaiError(f"the card is not what the Hub reads: {error}") from None
     head = yaml.safe_load(text.split("---\n")[1])
     given = sum(len(one["metrics"]) for entry in head.get("model-index") or [] for one in entry["results"])
@@ -367,11 +367,6 @@ def _hub_id(name: Any) -> str | None:
 def _of(recipe: dict[str, Any], section: str, key: str) -> Any:
     part = recipe.get(section)
     return part.get(key) if isinstance(part, dict) else None
-
-
-def _name(path: Path) -> str:
-    parts = [part for part in path.resolve().parts if part not in ("model", "checkpoints")]
-    return next((part for part in reversed(parts) if not part.startswith("step-")), "model")
 
 
 def _base(task: str) -> str:

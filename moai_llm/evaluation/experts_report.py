@@ -57,7 +57,7 @@ def _sections(found: Results) -> Iterator[str]:
     details = found.details
     layers = [Layer(**layer) for layer in details["layers"]]
     names = [str(e) for e in range(details["experts"])]
-    yield f"<h1>Experts of {escape(found.models[0].path.rstrip('/').rpartition('/')[2])}</h1>"
+    yield f'<h1 class="name">Experts of {escape(found.models[0].name)}</h1>'
     yield (
         f'<p class="soft">{details["experts"]} experts in each of {len(layers)} layers, {details["experts_per_token"]} '
         f"for each token; {details['tokens']:,} tokens of text.</p>"

@@ -70,7 +70,7 @@ def page(found: Results) -> str:
 
 def _sections(found: Results) -> Iterator[str]:
     details = found.details
-    yield f"<h1>Long context of {escape(found.models[0].path.rstrip('/').rpartition('/')[2])}</h1>"
+    yield f'<h1 class="name">Long context of {escape(found.models[0].name)}</h1>'
     rope = f", RoPE scaled by {escape(found.settings['rope'])}" if found.settings.get("rope") else ""
     yield (
         f'<p class="soft">Trained on {details["trained_context"]:,} tokens of context, asked with up to '

@@ -40,6 +40,10 @@ class ModelFacts:
     tokenizer: str
     vocabulary: int
 
+    @property
+    def name(self) -> str:
+        return name_of(Path(self.path))
+
 
 @dataclass
 class Score:
@@ -139,6 +143,12 @@ def facts_of(text_model: TextModel) -> ModelFacts:
         tokenizer=text_model.tokenizer.fingerprint,
         vocabulary=text_model.tokenizer.vocab_size,
     )
+
+
+def name_of(path: Path) -> str:
+    """Of a model, for people: the folder it lies in, or the run of a checkpoint."""
+    parts = [part for part in path.resolve().parts if part not in ("model", "checkpoints")]
+    return next((part for part in reversed(parts) if not part.startswith("step-")), "model")
 
 
 def digest(files: Iterable[Path]) -> str:

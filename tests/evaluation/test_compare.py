@@ -113,7 +113,12 @@ def test_by_task_and_by_group() -> None:
 def test_by_language() -> None:
     def of(factor: float) -> Results:
         items = [
-            Item(str(i), "f", {"nats": factor * (1 + i), "bytes": 10.0, "tokens": 5.0}, {"language": "ko" if i % 2 else "en"})
+            Item(
+                str(i),
+                "f",
+                {"nats": factor * (1 + i), "bytes": 10.0, "tokens": 5.0},
+                {"language": "ko" if i % 2 else "en"},
+            )
             for i in range(8)
         ]
         return Results("perplexity", [FACTS], {}, [], items)

@@ -40,7 +40,9 @@ def peers(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     with torch.no_grad():
         resize_vocabulary(own.model, [(i,) for i in range(own.tokenizer.vocab_size)])
     made = {"native": native, "own": own.model.double()}
-    return {name: HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=512) for name, model in made.items()}
+    return {
+        name: HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, max_length=512) for name, model in made.items()
+    }
 
 
 @pytest.fixture
@@ -123,7 +125,9 @@ def test_answers_to_gsm8k(limit: int, mine: Any, peers: dict[str, Any]) -> None:
     (task,) = load_tasks(["gsm8k"], shared_data("eval/gsm8k_test.jsonl").parent)
     documents = [task.task.doc_to_text(task.task.eval_docs[i]) for i in range(LIMIT)]
     options = {"until": ["Q:", "nt"], "do_sample": False, "max_gen_toks": limit}
-    said, heard = (asked("generate_until", *((text, options) for text in documents))(lm) for lm in (mine, peers["native"]))
+    said, heard = (
+        asked("generate_until", *((text, options) for text in documents))(lm) for lm in (mine, peers["native"])
+    )
     assert said == heard and any(said)
     unstopped = asked("generate_until", *((text, {**options, "until": []}) for text in documents))(mine)
     assert limit == 1 or unstopped != said  # control: a stop string did stop
@@ -136,7 +140,9 @@ def test_options_of_answers(loaded: TextModel) -> None:
     assert asked("generate_until", ("a", long))(adapter(loaded, max_new_tokens=3))
     with pytest.raises(MoaiError, match="cannot do num_beams"):
         asked("generate_until", ("a", {"num_beams": 2}))(adapter(loaded))
-    drawn = {asked("generate_until", ("a", {"temperature": 2.0, "max_gen_toks": 9}))(adapter(loaded))[0] for _ in range(3)}
+    drawn = {
+        asked("generate_until", ("a", {"temperature": 2.0, "max_gen_toks": 9}))(adapter(loaded))[0] for _ in range(3)
+    }
     assert len(drawn) == 1  # seeded
 
 
@@ -155,5 +161,3 @@ def test_a_conversation_is_the_tokens_of_a_chat(loaded: TextModel) -> None:
     assert lm.tok_encode(text) == [*ids, *tokenizer.encode("It is")]
     plain = tokenizer.encode("<|im_end|>")
     assert tokenizer.token_to_id("<|im_end|>") not in plain  # control
-
-

@@ -104,7 +104,9 @@ def test_a_stride_of_a_window_is_one_window_after_the_other(text_model: TextMode
         assert slid.targets > targets  # control: sliding is something else
 
 
-@pytest.mark.parametrize(("tokens", "window", "stride"), [(2, 2, 1), (17, 5, 2), (100, 10, 3), (5, 10, 1), (101, 10, 9)])
+@pytest.mark.parametrize(
+    ("tokens", "window", "stride"), [(2, 2, 1), (17, 5, 2), (100, 10, 3), (5, 10, 1), (101, 10, 9)]
+)
 def test_each_token_is_predicted_once_with_enough_before_it(tokens: int, window: int, stride: int) -> None:
     predicted = []
     for begin, end, first in windows(tokens, window, stride):
@@ -140,7 +142,9 @@ def test_documents_come_back_in_order_whatever_goes_together(text_model: TextMod
         assert (document.found.targets, document.found.bytes) == (expected.targets, expected.bytes)
 
 
-@pytest.mark.parametrize(("options", "message"), [((1, None), "at least two tokens"), ((10, 11), "left out"), ((10, -1), "left")])
+@pytest.mark.parametrize(
+    ("options", "message"), [((1, None), "at least two tokens"), ((10, 11), "left out"), ((10, -1), "left")]
+)
 def test_windows_that_make_no_sense(text_model: TextModel, options: tuple[int, int | None], message: str) -> None:
     with pytest.raises(MoaiError, match=message):
         evaluate_text(text_model, TEXT, *options)
