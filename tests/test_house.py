@@ -135,6 +135,7 @@ def test_start_up_imports_no_torch(code: str) -> None:
         "generate",
         "chat",
         "eval",
+        "card",
         "quickstart",
         "ops",
         "doctor",

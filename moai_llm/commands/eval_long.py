@@ -55,7 +55,8 @@ def run(arguments: argparse.Namespace) -> None:
     if max(lengths) > context:
         raise MoaiError(f"--lengths {max(lengths)} is more than the context, {context}: --context {max(lengths)}")
     languages = [name for name in arguments.languages.split(",") if name]
-    buckets, single = [], True
+    rows, single = _rows(model, arguments, context, console) if arguments.sources else ([], True)
+    buckets = []
     with ReadProgress(console, []) as bar:
         cells = long_context.passkey(
             model.tokenizer,
@@ -67,8 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
             seed=arguments.seed,
             progress=lambda done, total: bar.update(f"pass keys: {done:,} of {total:,}"),
         )
-        if arguments.sources:
-            rows, single = _rows(model, arguments, context, console)
+        if rows:
             buckets = long_context.by_position(
                 model,
                 rows,
