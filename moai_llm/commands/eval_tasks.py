@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", metavar="FILE", help="write the results after each task; tasks that are in it are not run again"
     )
-    parser.add_argument("--fresh", action="store_true", help="run again what is in the file")
+    parser.add_argument("--fresh", action="store_true", help="begin the file anew")
     add_device(parser)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moai_llm.inference import TextModel
 from moai_llm.modeling.model import MoaiForCausalLM, new_cache
@@ -164,19 +165,25 @@ def predictor(text_model: TextModel, piece: int = PIECE) -> Predict:
 def token_scores(
     text_model: TextModel, tokens: Sequence[int], *, first: int = 1, piece: int = PIECE
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """For the tokens from `first` on, piece by piece: log-probability (n,) fp64, and whether it is the likeliest."""
+    """For the tokens from `first` on, piece by piece: log-probability (n,) fp64, and whether it is the likeliest.
+
+    A model of another class goes through whole: not all of transformers' continue a state with several tokens.
+    """
     model, vocabulary = text_model.model, text_model.tokenizer.vocab_size
-    ours = isinstance(model, MoaiForCausalLM)
-    cache: Any = new_cache(model.config) if ours else None
+    options: dict[str, Any] = {"past_key_values": None, "use_cache": True}
+    if isinstance(model, MoaiForCausalLM):
+        options |= {"past_key_values": new_cache(model.config), "rope_length": len(tokens)}
+    elif isinstance(model, PreTrainedModel):
+        options, piece = {"use_cache": False}, len(tokens)
     head = model.get_output_embeddings()
     size = default_chunk_rows(model.config.vocab_size, model.device.type)
     inputs = torch.tensor(tokens[:-1], device=model.device)
     targets = torch.tensor(tokens[1:], device=model.device)
     for start in range(0, len(inputs), piece):
         stop = min(start + piece, len(inputs))
-        options: dict[str, Any] = {"rope_length": len(tokens)} if ours else {}
-        output = model.base_model(input_ids=inputs[None, start:stop], past_key_values=cache, use_cache=True, **options)
-        cache = output.past_key_values
+        output = model.base_model(input_ids=inputs[None, start:stop], **options)
+        if "past_key_values" in options:
+            options["past_key_values"] = output.past_key_values
         begin = max(0, first - 1 - start)  # the state at position p says what token p + 1 is
         hidden, wanted = output.last_hidden_state[0, begin:], targets[start:stop][begin:]
         for i in range(0, len(wanted), size):

@@ -54,19 +54,22 @@ def run_tasks(
     """Run tasks in their order.
 
     Args:
-        out: a JSON file. Written after each task; tasks that it holds already, of the same model and options, are kept.
-        fresh: run them again.
+        out: a JSON file, written after each task. Tasks that it holds are kept, and those that are asked for again are
+            not run again.
+        fresh: begin the file anew.
         finished: called with each task and whether it was kept.
 
     Raises:
-        MoaiError: a chat template was asked for and there is none; the file holds something else.
+        MoaiError: a chat template was asked for and there is none; the file holds something else, or results of another
+            model or of other options.
     """
     options = options or TaskOptions()
     if options.apply_chat_template:
         require_chat(text_model)
     facts = facts_of(text_model)
     results = Results("tasks", [facts], options.settings(), [], details={"tasks": {}})
-    before = None if fresh or out is None or not out.exists() else _before(out, results)
+    if out is not None and out.exists() and not fresh:
+        _go_on(results, out)
     lm = adapter(
         text_model, batch_tokens=options.batch_tokens, max_new_tokens=options.max_new_tokens, progress=progress
     )
@@ -78,14 +81,11 @@ def run_tasks(
             "version": _version(loaded.task),
             "config": _config(loaded.task),
         }
-        kept = before is not None and before.details["tasks"].get(loaded.name) == about
-        if kept and before is not None:
-            results.scores += [score for score in before.scores if score.task == loaded.name]
-            results.items += [item for item in before.items if item.task == loaded.name]
-        else:
+        kept = results.details["tasks"].get(loaded.name) == about
+        if not kept:
             scores, items = _run(lm, loaded, options)
-            results.scores += scores
-            results.items += items
+            results.scores = [score for score in results.scores if score.task != loaded.name] + scores
+            results.items = [item for item in results.items if item.task != loaded.name] + items
         results.details["tasks"][loaded.name] = about
         if out is not None and not kept:
             _with_groups(results).save(out)
@@ -96,19 +96,25 @@ def run_tasks(
     return results
 
 
-def _before(out: Path, now: Results) -> Results | None:
-    """What the file holds of an earlier run; None where that was of another model or had other options.
+def _go_on(results: Results, out: Path) -> None:
+    """Take over what the file holds of an earlier run.
 
     Raises:
-        MoaiError: it holds something else.
+        MoaiError: that was of another model, had other options, or is something else.
     """
     before = read_results(out)
     if before.kind != "tasks":
         raise MoaiError(f"{out} holds results of `moai eval {before.kind}`: give another file")
-    mine, theirs = now.models[0], before.models[0]
-    same = (mine.weights, mine.tokenizer, mine.dtype) == (theirs.weights, theirs.tokenizer, theirs.dtype)
-    same = same and before.settings == now.settings and before.versions.get("lm_eval") == now.versions.get("lm_eval")
-    return before if same else None
+    mine, theirs = results.models[0], before.models[0]
+    for what, now, then in (
+        ("another model", (mine.weights, mine.tokenizer, mine.dtype), (theirs.weights, theirs.tokenizer, theirs.dtype)),
+        ("other options", results.settings, before.settings),
+        ("another lm-eval", results.versions.get("lm_eval"), before.versions.get("lm_eval")),
+    ):
+        if now != then:
+            raise MoaiError(f"{out} holds results of {what}: give another file, or --fresh to begin it anew")
+    results.scores, results.items = before.scores, before.items
+    results.details["tasks"] = before.details["tasks"]
 
 
 def _run(lm: Any, loaded: Loaded, options: TaskOptions) -> tuple[list[Score], list[Item]]:

@@ -97,13 +97,20 @@ def test_a_run_goes_on_where_it_was(
     again = run()
     assert told == {"quiz_interest": True, "quiz_sums": True} and again.scores == whole.scores
     assert again.items == whole.items == read_results(out).items
-    run(num_fewshot=2)  # control: other options, another run
-    assert told == {"quiz_interest": False, "quiz_sums": False}
-    run()
+    with pytest.raises(MoaiError, match="holds results of other options: give another file, or --fresh"):
+        run(num_fewshot=2)
+    assert read_results(out) == again
+    loaded.model.double()
+    with pytest.raises(MoaiError, match="holds results of another model"):
+        run()
+    loaded.model.float()
     lines = (quiz.parent / "quiz.jsonl").read_text(encoding="utf-8")
     (quiz.parent / "quiz.jsonl").write_text(lines.replace("What is", "How much is"), encoding="utf-8")
-    run()
-    assert not any(told.values())  # control: other documents
+    changed = run()
+    assert not any(told.values()) and len(changed.scores) == 3 and len(changed.items) == 8  # control: other documents
+    (other := quiz.with_name("other.yaml")).write_text(QUIZ.replace("task: quiz", "task: other"), encoding="utf-8")
+    both = run_tasks(loaded, load_tasks([str(other)]), TaskOptions(), out=out)
+    assert [score.task for score in both.scores if score.group is None] == ["quiz", "other"]  # nothing is lost
 
 
 def test_examples_differ_by_seed_and_never_hold_the_question(quiz: Path, loaded: TextModel) -> None:
