@@ -39,10 +39,10 @@ def pairs(n: int, effect: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
 def test_against_one_written_out() -> None:
     a, b = pairs(80, 0.3, 1)
     found = compare_paired(a, b, resamples=4000)
-    low, high, p = written_out(a.tolist(), b.tolist(), 4000, 7)
+    low, high, p = written_out(a.tolist(), b.tolist(), 1500, 7)
     assert found.difference == pytest.approx(a.mean() - b.mean())
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.03)
-    assert found.p == pytest.approx(p, abs=0.03)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.05)
+    assert found.p == pytest.approx(p, abs=0.04)
     assert found.wins == np.mean(a > b)
 
 

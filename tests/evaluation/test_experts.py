@@ -131,11 +131,11 @@ def test_values_by_hand() -> None:
 
 def test_who_is_chosen_together() -> None:
     rng = np.random.default_rng(0)
-    chosen = np.zeros((30_000, 6))
+    chosen = np.zeros((8_000, 6))
     for row in chosen:
         row[rng.choice(6, 2, replace=False)] = 1
     free = together(chosen.T @ chosen, 2)
-    assert np.abs(free - 1).max() < 0.06  # drawn without a relation
+    assert np.abs(free - 1).max() < 0.12  # drawn without a relation
     bound = np.zeros((3000, 6))
     for i, row in enumerate(bound):
         row[[2 * (i % 3), 2 * (i % 3) + 1]] = 1  # always the same two

@@ -24,7 +24,7 @@ from tests.conftest import shared_data
 pytest.importorskip("lm_eval")
 pytestmark = pytest.mark.filterwarnings("ignore")
 LIMIT = 2
-TASKS = {"mmlu_anatomy": 1, "arc_challenge": 3, "hellaswag": 2, "lambada": 0, "truthfulqa_mc2": 0}  # examples
+TASKS = {"mmlu_anatomy": 1, "arc_challenge": 3, "hellaswag": 2, "lambada": 0}  # examples
 
 
 @pytest.fixture(scope="module")

@@ -120,16 +120,16 @@ def test_what_makes_no_sense_is_refused(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("pair", [*PAIRS[:2], PAIRS[3], PAIRS[6]], ids="-".join)
 def test_in_pieces_is_at_once(pair: tuple[str, str], tokenizer: Tokenizer) -> None:
     model = tiny_model(*pair, vocab_size=512)
-    text_model, ids = TextModel(model, tokenizer, Path("here")), [(7 * i * i + i) % 500 for i in range(60)]
+    text_model, ids = TextModel(model, tokenizer, Path("here")), [(7 * i * i + i) % 500 for i in range(40)]
     with torch.no_grad():
         log_p = model(torch.tensor([ids])).logits[0, :, :512].log_softmax(-1)
     wanted = torch.tensor(ids[1:])
     expected, best = log_p[:-1].gather(1, wanted[:, None])[:, 0], log_p[:-1].argmax(-1) == wanted
-    for piece in (1, 7, 59, 1000):
+    for piece in (1, 7, 1000):
         found, greedy = (torch.cat(parts) for parts in zip(*token_scores(text_model, ids, piece=piece)))
         assert torch.allclose(found, expected, rtol=0, atol=1e-9) and (greedy == best).all()
-        late, _ = (torch.cat(parts) for parts in zip(*token_scores(text_model, ids, first=40, piece=piece)))
-        assert torch.allclose(late, expected[39:], rtol=0, atol=1e-9)
+        late, _ = (torch.cat(parts) for parts in zip(*token_scores(text_model, ids, first=30, piece=piece)))
+        assert torch.allclose(late, expected[29:], rtol=0, atol=1e-9)
 
 
 def test_loss_by_position(tokenizer: Tokenizer) -> None:
