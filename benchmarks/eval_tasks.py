@@ -50,9 +50,10 @@ def run(quick: bool = False) -> list[Table]:
         tokenizer.save(folder)
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         lines = [line for text in texts[::40] for line in text.split("\n") if len(line) > 20]
+        documents = sorted(texts, key=len)
         return [
             tasks(text_model, native, theirs, data, quick),
-            perplexity("long documents", text_model, tokenizer, sorted(texts, key=len)[:: 240 if quick else 160], quick),
+            perplexity("long documents", text_model, tokenizer, documents[:: 240 if quick else 160], quick),
             perplexity("single lines", text_model, tokenizer, lines[:: 60 if quick else 12], quick),
         ]
 
