@@ -22,7 +22,7 @@ import transformers
 from benchmarks import models
 from benchmarks.harness import Disagreement, Table, threads
 from moai_llm.data.embedded import library_texts
-from moai_llm.evaluation.harness import adapter, lent
+from moai_llm.evaluation.harness import adapter, offline_and_quiet
 from moai_llm.evaluation.perplexity import evaluate, measure
 from moai_llm.evaluation.task_files import load_tasks
 from moai_llm.inference import TextModel
@@ -89,7 +89,7 @@ def tasks(text_model: TextModel, native: Any, tokenizer: Any, data: Path, quick:
 def _answers(lm: Any, loaded: Any, limit: int) -> np.ndarray:
     from lm_eval.evaluator import evaluate as evaluate_task
 
-    with lent(hub=False):
+    with offline_and_quiet():
         found = evaluate_task(lm, {"tasks": {loaded.name: loaded.task}, "groups": {}}, limit=limit, bootstrap_iters=0)
     assert found is not None
     return np.array([answer[0][0] for sample in found["samples"][loaded.name] for answer in sample["resps"]])

@@ -134,7 +134,7 @@ def observe(
             if not ids:
                 continue
             counts.labels.append(labels)
-            counts.documents.append(np.zeros(counts.selected.shape, np.int64))
+            counts.documents.append(np.zeros(counts.selected.shape, np.int32))
             size = text_model.context
             waiting += [(len(counts.labels) - 1, ids[i : i + size]) for i in range(0, len(ids), size)]
             if sum(len(window) for _, window in waiting) >= 8 * room:

@@ -240,7 +240,7 @@ def require_chat(text_model: TextModel) -> None:
 
 
 @contextmanager
-def lent(hub: bool) -> Iterator[None]:
+def offline_and_quiet(hub: bool = False) -> Iterator[None]:
     """Data sets are read from this machine only, unless the Hub was asked for; and no bars of others."""
     import datasets
     import lm_eval.api.task as of_tasks

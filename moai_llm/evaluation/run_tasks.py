@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from moai_llm.evaluation.harness import Progress, adapter, lent, require_chat, silent
+from moai_llm.evaluation.harness import Progress, adapter, offline_and_quiet, require_chat, silent
 from moai_llm.evaluation.results import Item, Results, Score, digest, facts_of, identity, read_results
 from moai_llm.evaluation.task_files import Loaded
 from moai_llm.inference import TextModel
@@ -127,7 +127,7 @@ def _run(lm: Any, loaded: Loaded, options: TaskOptions) -> tuple[list[Score], li
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=options.seed)
     try:
-        with lent(hub=False):
+        with offline_and_quiet():
             found = evaluate(
                 lm,
                 {"tasks": {loaded.name: task}, "groups": {}},

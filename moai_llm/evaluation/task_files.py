@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from moai_llm.evaluation.harness import lent, library
+from moai_llm.evaluation.harness import library, offline_and_quiet
 from moai_llm.runtime import MoaiError, did_you_mean
 
 BUILT_IN = Path(__file__).with_name("tasks")
@@ -94,7 +94,7 @@ def _of_the_hub(name: str) -> Iterator[Loaded]:
     if name not in manager.all_tasks:
         raise MoaiError(f"lm-eval has no task {name!r}{did_you_mean(name, manager.all_tasks)}")
     try:
-        with lent(hub=True):
+        with offline_and_quiet(hub=True):
             tasks = manager.load([name])["tasks"]
     except (OSError, ConnectionError) as error:
         raise MoaiError(f"the data of {name!r} cannot be had: {str(error).splitlines()[0]}") from error
@@ -163,7 +163,7 @@ def _plain(file: Path) -> Iterator[Loaded]:
     from lm_eval.tasks import TaskManager
 
     try:
-        with lent(hub=False):
+        with offline_and_quiet():
             tasks = TaskManager(include_defaults=False).load([str(file)])["tasks"]
     except Exception as error:
         raise MoaiError(f"{file}: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
