@@ -25,6 +25,7 @@ BENCHMARKS = {
     "optimizers": "bytes of state and time of a step of each optimizer",
     "tokenizer": "training, encoding, memory and extension of tokenizers",
     "learning": "held-out loss on tiny Shakespeare beside a transformers baseline",
+    "eval_tasks": "benchmark tasks and perplexity: our adapter against lm-eval's own",
     "transfer": "bits per byte after a model got another tokenizer, for each way to make its new rows",
 }
 

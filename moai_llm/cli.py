@@ -26,6 +26,7 @@ COMMANDS = {
     "chat": ("moai_llm.commands.chat", "talk to a model in the terminal"),
     "embed": ("moai_llm.commands.embed", "turn texts into vectors"),
     "eval": ("moai_llm.commands.evaluate", "measure a model"),
+    "card": ("moai_llm.commands.card", "write a model card from what the files of a model say"),
     "doctor": ("moai_llm.commands.doctor", "what is wrong with this machine, a model or a run, and what to do"),
     "report": ("moai_llm.commands.report", "one page of plots from one or several training runs"),
     "export": ("moai_llm.commands.export", "write a model for transformers, llama.cpp or Ollama"),

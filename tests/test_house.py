@@ -136,6 +136,7 @@ def test_start_up_imports_no_torch(code: str) -> None:
         "chat",
         "eval",
         "embed",
+        "card",
         "quickstart",
         "ops",
         "doctor",

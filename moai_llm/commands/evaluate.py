@@ -1,77 +1,29 @@
-"""Measure a model: perplexity and bits per byte of your text; how good vectors of texts are."""
+"""Measure a model, and compare what was measured."""
 
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 
-from rich.table import Table
-
-from moai_llm.commands import eval_embedding
-from moai_llm.commands.generate import add_device
-from moai_llm.commands.sources import add_source_options, open_sources, show_skipped
-from moai_llm.runtime import make_console
-
-VECTORS = {
-    "retrieval": (
-        eval_embedding.configure_retrieval, eval_embedding.run_retrieval, "how well vectors find what belongs together"
-    ),
-    "sts": (eval_embedding.configure_sts, eval_embedding.run_sts, "how well vectors follow the grades of pairs"),
-}  # fmt: skip
+# verb -> (module with `configure(parser)` and `run(arguments)`, what it does)
+VERBS = {
+    "perplexity": ("eval_perplexity", "loss, perplexity and bits per byte of your text, by file and language"),
+    "tasks": ("eval_tasks", "benchmarks through lm-eval, from local files: MMLU, HellaSwag, ARC, GSM8K, ..."),
+    "experts": ("eval_experts", "what a mixture of experts does with text: load, specialisation, co-activation"),
+    "long": ("eval_long", "what is left of a long context: a pass key found again, perplexity by position"),
+    "retrieval": ("eval_retrieval", "how well vectors find what belongs together"),
+    "sts": ("eval_sts", "how well vectors follow the grades of pairs"),
+    "compare": ("eval_compare", "whether one model is better than another, or only seems so"),
+    "schema": ("eval_schema", "print the JSON Schema of result files"),
+}
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{perplexity,retrieval,sts}")
-    perplexity = verbs.add_parser("perplexity", help="loss, perplexity and bits per byte, per file and in all")
-    perplexity.add_argument("model", help="a model directory or a run")
-    add_source_options(perplexity, nargs="*")
-    perplexity.add_argument("--text", help="a text to measure instead of files")
-    perplexity.add_argument("--window", type=int, help="tokens of context; default the model's")
-    add_device(perplexity)
-    for verb, (configure_verb, _, what) in VECTORS.items():
-        configure_verb(verbs.add_parser(verb, help=what))
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{" + ",".join(VERBS) + "}")
+    for verb, (name, what) in VERBS.items():
+        module = import_module(f"moai_llm.commands.{name}")
+        module.configure(verbs.add_parser(verb, help=what, description=module.__doc__))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.verb in VECTORS:
-        VECTORS[arguments.verb][1](arguments)
-        return
-    from moai_llm.data.sources import Skipped, read_texts
-    from moai_llm.evaluation.perplexity import Perplexity, evaluate_text
-    from moai_llm.inference.generate import load_model
-    from moai_llm.runtime import MoaiError
-
-    if (arguments.text is None) == (not arguments.sources):
-        raise MoaiError("give either files or --text")
-    model = load_model(arguments.model, arguments.device, arguments.dtype)
-    table = Table("text", "tokens", "bytes", "loss", "perplexity", "bits per byte", box=None, pad_edge=False)
-    total = Perplexity(0.0, 0, 0)
-    console = make_console()
-    sources, reading = open_sources(arguments, console)
-    skipped = Skipped(reading.skip_bad)
-    groups = {"--text": [(arguments.text, "")]} if arguments.text is not None else {
-        source.name: read_texts([source], reading=reading, skipped=skipped) for source in sources
-    }  # fmt: skip
-    for name, texts in groups.items():
-        found = Perplexity(0.0, 0, 0)
-        for text, _ in texts:
-            if len(model.tokenizer.encode(text)) > 1:
-                found += evaluate_text(model, text, arguments.window)
-        total += found
-        if found.targets:
-            table.add_row(name, *_cells(found))
-    if not total.targets:
-        raise MoaiError("nothing to predict: no text has two tokens")
-    if len(groups) > 1:
-        table.add_row("all", *_cells(total))
-    console.print(table)
-    show_skipped(console, skipped)
-
-
-def _cells(found):
-    return (
-        f"{found.targets:,}",
-        f"{found.bytes:,}",
-        f"{found.loss:.4f}",
-        f"{found.perplexity:.2f}",
-        f"{found.bits_per_byte:.4f}",
-    )
+    import_module(f"moai_llm.commands.{VERBS[arguments.verb][0]}").run(arguments)

@@ -209,7 +209,7 @@ def test_mistakes(fails: Moai, arguments: list[str], message: str) -> None:
         (["tokenizer", "trane"], "invalid choice: 'trane'"),
         (["tokenizer"], "required: {train,extend,show,report,transfer,template}"),
         (["data"], "required: {prepare,schema,merge,verify,info,show,clean,dedup,contamination}"),
-        (["eval"], "required: perplexity"),
+        (["eval"], "required: {perplexity,tasks,experts,long,compare,schema}"),
         (["generate", "m", "--prompt", "x", "--top-k", "many"], "invalid int value: 'many'"),
     ],
 )
