@@ -13,7 +13,9 @@ import torch
 
 from benchmarks import models
 from benchmarks.harness import Disagreement, Table, threads
-from moai_llm.inference.generate import Sampling, Session, TextModel
+from moai_llm.inference.load import TextModel
+from moai_llm.inference.sampling import Sampling
+from moai_llm.inference.session import Session
 from moai_llm.modeling.model import MoaiForCausalLM
 
 VOCAB, PROMPT = 32000, 32

@@ -6,7 +6,7 @@ import argparse
 
 from rich.table import Table
 
-from moai_llm.commands.generate import add_device
+from moai_llm.commands.sampling import add_device
 from moai_llm.commands.sources import add_source_options, open_sources, show_skipped
 from moai_llm.runtime import make_console
 
@@ -24,7 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from moai_llm.data.sources import Skipped, read_texts
     from moai_llm.evaluation.perplexity import Perplexity, evaluate_text
-    from moai_llm.inference.generate import load_model
+    from moai_llm.inference.load import load_model
     from moai_llm.runtime import MoaiError
 
     if (arguments.text is None) == (not arguments.sources):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from moai_llm.data.loader import Batch
-from moai_llm.inference.generate import TextModel
+from moai_llm.inference.load import TextModel
 from moai_llm.losses import Loss, shift_labels
 from moai_llm.runtime import MoaiError
 

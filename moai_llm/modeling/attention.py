@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from moai_llm.config import MoaiConfig
 from moai_llm.modeling.linear import Linear
 from moai_llm.modeling.normalization import RMSNorm
+from moai_llm.modeling.slots import SlotCache
 from moai_llm.ops.attention import attention, attention_reference
 from moai_llm.ops.rotary import apply_rotary
 
@@ -52,6 +53,9 @@ class Attention(nn.Module):
             q, k = apply_rotary(q, *rope), apply_rotary(k, *rope)
         if q.dtype != v.dtype:  # under autocast a norm gives back fp32
             q, k = q.to(v.dtype), k.to(v.dtype)
+        if isinstance(cache, SlotCache):
+            y = cache.attend(self.layer_idx, q, k, v, self.window).transpose(1, 2)
+            return self.o_proj(y.reshape(b, l, -1))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
             if mask is None and cache.layers[self.layer_idx].is_compileable:

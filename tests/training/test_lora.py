@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moai_llm import recipe as recipes
-from moai_llm.inference.generate import load_model, sample_text
+from moai_llm.inference.generate import sample_text
+from moai_llm.inference.load import load_model
 from moai_llm.modeling.mamba import Mamba
 from moai_llm.modeling.model import MoaiForCausalLM, new_cache
 from moai_llm.modeling.moe import MoE
