@@ -24,6 +24,7 @@ COMMANDS = {
     "sweep": ("moai_llm.commands.sweep", "train a recipe for every combination of some keys, and compare"),
     "generate": ("moai_llm.commands.generate", "continue a prompt"),
     "chat": ("moai_llm.commands.chat", "talk to a model in the terminal"),
+    "serve": ("moai_llm.commands.serve", "a server of OpenAI's API for a model, and a page to talk to it"),
     "eval": ("moai_llm.commands.evaluate", "measure a model"),
     "doctor": ("moai_llm.commands.doctor", "what is wrong with this machine, a model or a run, and what to do"),
     "report": ("moai_llm.commands.report", "one page of plots from one or several training runs"),

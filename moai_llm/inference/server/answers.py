@@ -28,9 +28,9 @@ class Ask(NamedTuple):
 
 
 class Update(NamedTuple):
-    """News of the answer `index`; `finish` is OpenAI's reason, once it is over. index -1: a sign of life."""
+    """News of a choice; `finish` is OpenAI's reason, once it is over. choice -1: a sign of life."""
 
-    index: int
+    choice: int
     piece: Piece
     finish: str | None = None
 
@@ -44,6 +44,7 @@ class Answers:
     def __init__(self, service: Service, asks: list[Ask], detailed: bool) -> None:
         self.service, self.asks = service, asks
         self.states = [Answer(service.tokenizer, detailed) for _ in asks]
+        self._tickets: list[Ticket] = []
         self._open: dict[int, Ticket] = {}
         self._inbox: asyncio.Queue[tuple[int, News]] = asyncio.Queue()
         self._early: list[tuple[int, News]] = []
@@ -53,6 +54,12 @@ class Answers:
     @property
     def tokens(self) -> int:
         return sum(state.count for state in self.states)
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the prompts that were known from earlier; of choices that share a prompt the first counts."""
+        firsts = {id(ticket.prompt): ticket for ticket in reversed(self._tickets)}
+        return sum(ticket.request.reused for ticket in firsts.values() if ticket.request is not None)
 
     async def start(self) -> None:
         """Take places, and wait until the engine has taken the prompts.
@@ -71,6 +78,7 @@ class Answers:
         for i, ask in enumerate(self.asks):
             deliver = lambda news, i=i: self._inbox.put_nowait((i, news))  # noqa: E731
             self._open[i] = service.worker.submit(ask.prompt, ask.sampling, deliver)
+        self._tickets = list(self._open.values())
         try:
             missing = len(self.asks)
             while missing:

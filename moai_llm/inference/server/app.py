@@ -22,10 +22,14 @@ from moai_llm.inference.server.body import read_request
 from moai_llm.inference.server.errors import ApiError
 from moai_llm.inference.server.guard import Gate, Watch, respond
 from moai_llm.inference.server.protocol import (
-    OF_CHAT, OF_COMPLETIONS, OF_EMBEDDINGS, ChatRequest, CompletionRequest, EmbeddingRequest,
+    OF_CHAT,
+    OF_COMPLETIONS,
+    OF_EMBEDDINGS,
+    ChatRequest,
+    CompletionRequest,
+    EmbeddingRequest,
 )  # fmt: skip
 from moai_llm.inference.server.service import Service
-from moai_llm.inference.server.shapes import usage
 from moai_llm.inference.server.sse import to_json
 from moai_llm.pages.html import STYLE
 
@@ -85,8 +89,10 @@ def build_app(service: Service) -> FastAPI:
         }
         return PlainTextResponse(service.metrics.text(gauges, worker.counters))
 
-    model = {"id": options.name, "object": "model", "created": int(time.time()), "owned_by": "moai-llm",
-             "context": service.context, "chat": service.can_chat, "max_new_tokens": options.max_new_tokens}  # fmt: skip
+    model = {
+        "id": options.name, "object": "model", "created": int(time.time()), "owned_by": "moai-llm",
+        "context": service.context, "chat": service.can_chat, "max_new_tokens": options.max_new_tokens,
+    }  # fmt: skip
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -123,9 +129,7 @@ async def embed(service: Service, wanted: EmbeddingRequest) -> Response:
         raise ApiError(
             400, f"{service.options.name} continues text and makes no embeddings", param="model", code="no_embeddings"
         )
-    given = wanted.input
-    several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
-    prompts = [await service.encoded(one, "input") for one in (given if several else [given])]  # type: ignore[arg-type, union-attr]
+    prompts = await service.prompts(wanted.input, "input")
     longest = max(map(len, prompts))
     if not all(prompts) or longest > service.context:
         what = "an empty text" if not all(prompts) else f"{longest} tokens; the context is {service.context}"
@@ -135,13 +139,14 @@ async def embed(service: Service, wanted: EmbeddingRequest) -> Response:
         if wanted.dimensions > len(vectors[0]):
             raise ApiError(400, f"embeddings have {len(vectors[0])} dimensions", param="dimensions")
         vectors = [_unit(vector[: wanted.dimensions]) for vector in vectors]
+    packed = wanted.encoding_format == "base64"
     data = [
-        {"object": "embedding", "index": i, "embedding": _packed(vector) if wanted.encoding_format == "base64" else vector}
+        {"object": "embedding", "index": i, "embedding": _packed(vector) if packed else vector}
         for i, vector in enumerate(vectors)
     ]
     tokens = sum(map(len, prompts))
-    counted = {name: value for name, value in usage(tokens, 0).items() if name != "completion_tokens"}
-    answer = {"object": "list", "data": data, "model": service.options.name, "usage": counted}
+    used = {"prompt_tokens": tokens, "total_tokens": tokens}
+    answer = {"object": "list", "data": data, "model": service.options.name, "usage": used}
     return Response(to_json(answer), media_type="application/json")
 
 

@@ -16,6 +16,7 @@ from moai_llm.inference.server.protocol import IGNORED, Unsupported
 from moai_llm.runtime import did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
+HEARD = 8  # limits of a body that are read, and dropped, so that its sender gets to the answer
 SECONDS = 30.0  # a body that takes longer keeps a connection for nothing
 
 
@@ -43,14 +44,15 @@ async def _read(request: Request, limit: int) -> bytes:
     too_long = ApiError(
         413, f"a request may have {limit:,} bytes; its operator sets --max-body-mb", headers={"Connection": "close"}
     )
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and (len(length) > 18 or int(length) > limit):
-        raise too_long
-    content = bytearray()
+    content, seen = bytearray(), 0
     async for piece in request.stream():
-        content += piece
-        if len(content) > limit:
+        seen += len(piece)
+        if seen <= limit:
+            content += piece
+        elif seen > HEARD * limit:
             raise too_long
+    if seen > limit:
+        raise too_long
     return bytes(content)
 
 
@@ -103,7 +105,9 @@ def check(value: dict[str, Any], model: type[Model], unsupported: Mapping[str, U
         return model.model_validate(kept)
     except ValidationError as error:
         problems = error.errors(include_url=False, include_input=False, include_context=False)
-        deepest = max(problems, key=lambda problem: len(problem["loc"]))  # of a union, the form that came nearest
-        path = ".".join(str(step) for step in deepest["loc"] if isinstance(step, int) or step.isidentifier())
-        field = str(deepest["loc"][0]) if deepest["loc"] else None
-        raise ApiError(400, f"{path}: {deepest['msg'][:300]}", param=field) from None
+        # of a union, the form that came nearest: the right type, or right the furthest inside
+        nearest = max(problems, key=lambda problem: (not problem["type"].endswith("_type"), len(problem["loc"])))
+        steps = [step for step in nearest["loc"] if isinstance(step, int) or (step.isidentifier() and step != "str")]
+        path = ".".join(map(str, steps))
+        field = str(nearest["loc"][0]) if nearest["loc"] else None
+        raise ApiError(400, f"{path}: {nearest['msg'][:300]}", param=field) from None

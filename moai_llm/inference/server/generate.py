@@ -18,7 +18,7 @@ from moai_llm.inference.server.guard import LEFT
 from moai_llm.inference.server.protocol import INT64, ChatRequest, CompletionRequest, Generation
 from moai_llm.inference.server.scoring import prompt_logprobs
 from moai_llm.inference.server.service import Service
-from moai_llm.inference.server.shapes import ChatShape, CompletionShape, Shape
+from moai_llm.inference.server.shapes import ChatShape, CompletionShape, Shape, usage
 from moai_llm.inference.server.sse import ALIVE, DONE, EventStream, event, gone, to_json
 from moai_llm.inference.server.text import LEAST, Token, bytes_of
 
@@ -29,12 +29,8 @@ COLDEST = 1e-3  # below it, dividing by the temperature leaves one token anyway,
 async def complete(service: Service, request: Request, wanted: CompletionRequest) -> Response:
     """/v1/completions: one text or several, or their ids."""
     service.check_model(wanted.model)
-    given = wanted.prompt
-    several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
-    prompts = [await service.encoded(one, "prompt") for one in (given if several else [given])]  # type: ignore[arg-type, union-attr]
+    prompts = await service.prompts(wanted.prompt, "prompt")
     n, echo = wanted.n or 1, bool(wanted.echo)
-    if not prompts:
-        raise ApiError(400, "an empty list of prompts", param="prompt")
     if wanted.max_tokens == 0 and not echo:
         raise ApiError(400, "max_tokens = 0 gives nothing without echo", param="max_tokens")
     lengths = [service.room_for(prompt, wanted.max_tokens, 16, "prompt") for prompt in prompts]
@@ -53,7 +49,9 @@ async def chat(service: Service, request: Request, wanted: ChatRequest) -> Respo
     """/v1/chat/completions."""
     service.check_model(wanted.model)
     if not service.can_chat:
-        raise ApiError(400, f"{service.options.name} has no chat template: use /v1/completions", code="no_chat_template")
+        raise ApiError(
+            400, f"{service.options.name} has no chat template: use /v1/completions", code="no_chat_template"
+        )
     if wanted.top_logprobs is not None and not wanted.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
     asked = wanted.max_tokens if wanted.max_completion_tokens is None else wanted.max_completion_tokens
@@ -116,19 +114,17 @@ async def _respond(
     return Response(content, LEFT if content is None else 200, media_type="application/json")
 
 
-async def _whole(
-    answers: Answers, shape: Shape, fronts: list[tuple[str, list[Token]]], prompt_tokens: int
-) -> bytes:
+async def _whole(answers: Answers, shape: Shape, fronts: list[tuple[str, list[Token]]], prompt_tokens: int) -> bytes:
     texts = [[text] for text, _ in fronts]
     tokens = [list(front) for _, front in fronts]
     finish: list[str] = ["length"] * len(fronts)
     async for update in answers.updates():
-        if update.index >= 0:
-            texts[update.index].append(update.piece.text)
-            tokens[update.index] += _after(fronts[update.index][0], update.piece.tokens)
-            finish[update.index] = update.finish or finish[update.index]
+        if update.choice >= 0:
+            texts[update.choice].append(update.piece.text)
+            tokens[update.choice] += _after(fronts[update.choice][0], update.piece.tokens)
+            finish[update.choice] = update.finish or finish[update.choice]
     choices = [shape.choice(i, "".join(texts[i]), tokens[i], finish[i]) for i in range(len(fronts))]
-    return to_json(shape.answer(choices, prompt_tokens, answers.tokens))
+    return to_json(shape.answer(choices, usage(prompt_tokens, answers.tokens, answers.cached)))
 
 
 async def _events(
@@ -141,13 +137,13 @@ async def _events(
             elif text:
                 yield event(shape.piece(shape.delta(i, text, tokens, None if answers.asks else "length")))
         async for update in answers.updates():
-            if update.index < 0:
+            if update.choice < 0:
                 yield ALIVE
             elif update.piece.text or update.piece.tokens or update.finish:
-                tokens = _after(fronts[update.index][0], update.piece.tokens)
-                yield event(shape.piece(shape.delta(update.index, update.piece.text, tokens, update.finish)))
+                tokens = _after(fronts[update.choice][0], update.piece.tokens)
+                yield event(shape.piece(shape.delta(update.choice, update.piece.text, tokens, update.finish)))
         if shape.with_usage:
-            yield event(shape.last_piece(prompt_tokens, answers.tokens))
+            yield event(shape.last_piece(usage(prompt_tokens, answers.tokens, answers.cached)))
     except ApiError as error:  # the status has been sent; OpenAI's clients raise what such an event says
         yield event(error.content())
     yield DONE

@@ -17,7 +17,8 @@ from moai_llm.runtime import logger
 # scripts and styles come from this server alone, and no string becomes HTML whatever a script tries
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; "
+    "trusted-types 'none'"
 )
 HEADERS = [
     (b"content-security-policy", POLICY.encode()),
@@ -34,7 +35,7 @@ def respond(error: ApiError) -> Response:
 
 
 class Watch:
-    """Outermost: counts and logs each request, and puts the headers of safety on each answer. Texts are never logged."""
+    """Outermost: counts and logs each request, and puts the safety headers on each answer. Never logs texts."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, routes: frozenset[str]) -> None:
         self.app, self.metrics, self.routes = app, metrics, routes

@@ -1,7 +1,7 @@
 """What a request may hold: the fields of OpenAI's API that this server obeys, and a few it adds.
 
-Types are strict. A field that nobody knows is an error, as a mistyped one would otherwise do nothing in silence; one that
-OpenAI knows and this server cannot obey is an error that says so, unless its value asks for nothing.
+Types are strict. A field that nobody knows is an error, as a mistyped one would otherwise do nothing in silence; one
+that OpenAI knows and this server cannot obey is an error that says so, unless its value asks for nothing.
 """
 
 from __future__ import annotations

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -33,9 +35,13 @@ class Server(uvicorn.Server):
         )  # fmt: skip
         super().__init__(config)
         self.service = service
+        self._loop: asyncio.AbstractEventLoop | None = None  # once the end has begun
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # in a test or a notebook
+            return
         before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
         try:
             yield
@@ -44,19 +50,17 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
-            self.service.options_cut = True
-            self.force_exit = True
+        if self.should_exit and self._loop is not None:
+            self._loop.call_soon_threadsafe(self.service.cut)
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        import asyncio
-
         service, loop = self.service, asyncio.get_running_loop()
+        self._loop = loop
         service.drain()
         if service.active:
             grace = service.options.grace
-            print(f"stopping: {service.active} answers have {grace:g} s to end; once more Ctrl-C cuts them", flush=True)
+            print(f"stopping: {service.active} answers have {grace:g} s to end; Ctrl-C again cuts them", flush=True)
         cutting = loop.call_later(service.options.grace, service.cut)
         await super().shutdown(sockets)
         cutting.cancel()

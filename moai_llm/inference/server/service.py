@@ -30,9 +30,7 @@ class Service:
         engine: the engine's further options.
     """
 
-    def __init__(
-        self, text_model: TextModel, options: Options, *, embed: Embed | None = None, **engine: Any
-    ) -> None:
+    def __init__(self, text_model: TextModel, options: Options, *, embed: Embed | None = None, **engine: Any) -> None:
         self.text_model, self.options, self.embed = text_model, options, embed
         self.tokenizer, self.context = text_model.tokenizer, text_model.context
         self.can_chat = can_chat(self.tokenizer)
@@ -97,8 +95,19 @@ class Service:
         rendered = await self.off_loop(lambda: render(self.tokenizer, messages, add_generation_prompt=True), size)
         return rendered.ids
 
-    async def encoded(self, prompt: str | list[int], field: str) -> list[int]:
-        """A prompt as ids, each of which the tokenizer has."""
+    async def prompts(self, given: str | list[int] | list[str] | list[list[int]], field: str) -> list[list[int]]:
+        """One prompt or several, each as text or as ids, to ids.
+
+        Raises:
+            ApiError: there is none, or an id that is no token.
+        """
+        several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
+        texts: list[Any] = list(given) if several else [given]
+        if not given:
+            raise ApiError(400, f"{field} is empty: give the model something to read", param=field)
+        return [await self._ids(text, field) for text in texts]
+
+    async def _ids(self, prompt: str | list[int], field: str) -> list[int]:
         if isinstance(prompt, str):
             return await self.off_loop(lambda: self.tokenizer.encode(prompt), len(prompt))
         if prompt and max(prompt) >= self.tokenizer.vocab_size:
@@ -125,10 +134,8 @@ class Service:
         if asked is not None and asked > most:
             raise ApiError(400, f"an answer may have {most} tokens here, {asked} are asked for", param="max_tokens")
         if room < max(asked or 0, 1):
-            raise ApiError(
-                400, f"this model's context is {self.context} tokens; the prompt has {len(prompt)}, and the answer asks "
-                f"for {asked or 1}", param=field, code="context_length_exceeded",
-            )  # fmt: skip
+            what = f"the context is {self.context} tokens: {len(prompt)} of the prompt and {asked or 1} of the answer"
+            raise ApiError(400, f"{what} do not fit", param=field, code="context_length_exceeded")
         return min(most, room, default) if asked is None else asked
 
     # ---------------------------------------------------------------- the end

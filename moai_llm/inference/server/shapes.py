@@ -24,15 +24,15 @@ class Shape:
         self.tokenizer, self.tops, self.with_usage = tokenizer, tops, with_usage
         self.head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def answer(self, choices: list[dict[str, Any]], prompt: int, generated: int) -> dict[str, Any]:
-        return {**self.head, "object": self.whole, "choices": choices, "usage": usage(prompt, generated)}
+    def answer(self, choices: list[dict[str, Any]], used: dict[str, Any]) -> dict[str, Any]:
+        return {**self.head, "object": self.whole, "choices": choices, "usage": used}
 
     def piece(self, choice: dict[str, Any]) -> dict[str, Any]:
         end = {"usage": None} if self.with_usage else {}
         return {**self.head, "object": self.chunk, "choices": [choice], **end}
 
-    def last_piece(self, prompt: int, generated: int) -> dict[str, Any]:
-        return {**self.head, "object": self.chunk, "choices": [], "usage": usage(prompt, generated)}
+    def last_piece(self, used: dict[str, Any]) -> dict[str, Any]:
+        return {**self.head, "object": self.chunk, "choices": [], "usage": used}
 
     def choice(self, index: int, text: str, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
         """A choice of a whole answer."""
@@ -97,5 +97,12 @@ class ChatShape(Shape):
         return {"token": name_of(self.tokenizer, token), "logprob": logprob, "bytes": list(content)}
 
 
-def usage(prompt: int, generated: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
+def usage(prompt: int, generated: int, cached: int) -> dict[str, Any]:
+    """
+    Args:
+        cached: tokens of the prompt that were not computed, as an earlier answer had left them.
+    """
+    return {
+        "prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }  # fmt: skip

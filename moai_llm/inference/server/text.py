@@ -12,8 +12,8 @@ LEAST = -9999.0  # JSON has no infinity; the API of OpenAI writes this
 
 
 class Token(NamedTuple):
-    """`start` counts the characters before it; `top` is (id, log-probability), the likeliest first. The first token of a
-    prompt has no log-probability.
+    """`start` counts the characters before it; `top` is (id, log-probability), the likeliest first. The first token of
+    a prompt has no log-probability.
     """
 
     id: int
@@ -28,8 +28,8 @@ class Piece(NamedTuple):
 
 
 class Answer:
-    """The engine gives text when it is certain: no half of a character, no beginning of a stop string. Tokens leave with
-    the text they begin in, and those that lie in a stop string never do.
+    """The engine gives text when it is certain: no half of a character, no beginning of a stop string. Tokens leave
+    with the text they begin in, and those that lie in a stop string never do.
 
     Args:
         detailed: keep the tokens; else pieces have none.

@@ -33,11 +33,12 @@ class Ticket:
 class Worker:
     """
     Args:
-        make_engine: called in the thread, at the start and after a step that failed.
+        make_engine: called now, and in the thread after a step that failed.
     """
 
     def __init__(self, make_engine: Callable[[], Engine]) -> None:
         self._make_engine = make_engine
+        self._engine = make_engine()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}  # by the identity of the engine's request
         self._thread = threading.Thread(target=self._run, name="moai-engine", daemon=True)
@@ -100,7 +101,6 @@ class Worker:
     # ---------------------------------------------------------------- in the thread
 
     def _run(self) -> None:
-        self._engine = self._make_engine()
         while not self._closed:
             self._read_inbox(wait=not self._engine.busy)
             if self._engine.busy and not self._closed:
