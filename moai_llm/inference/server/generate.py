@@ -54,6 +54,8 @@ async def chat(service: Service, request: Request, wanted: ChatRequest) -> Respo
         )
     if wanted.top_logprobs is not None and not wanted.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+    if wanted.max_tokens is not None and wanted.max_completion_tokens is not None:
+        raise ApiError(400, "max_tokens is the older name of max_completion_tokens: give one", param="max_tokens")
     asked = wanted.max_tokens if wanted.max_completion_tokens is None else wanted.max_completion_tokens
     if asked == 0:
         raise ApiError(400, "max_tokens = 0 gives nothing", param="max_tokens")
