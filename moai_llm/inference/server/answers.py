@@ -94,28 +94,33 @@ class Answers:
         self.service.metrics.prompt_tokens += sum(len(ask.prompt) for ask in self.asks)
         self._pulse()
 
-    async def updates(self) -> AsyncIterator[Update]:
-        """
+    async def updates(self) -> AsyncIterator[list[Update]]:
+        """What has happened since the last time, as soon as anything has.
+
         Raises:
             ApiError: the model failed, or the server ends. A time limit ends an answer that has begun as a limit of
                 tokens does.
         """
-        for index, news in self._early:
-            yield self._update(index, news)
         while self._open:
-            index, news = await self._inbox.get()
-            if news is None:
-                yield Update(-1, Piece("", []))
-            elif isinstance(news, ApiError) and news.code == "timeout" and self._first:
-                for i, ticket in list(self._open.items()):
-                    self.service.worker.cancel(ticket)
-                    self._finish(i, "length")
-                    yield Update(i, Piece("", []), "length")
-            elif isinstance(news, BaseException):
-                raise self._error(news)
-            elif index in self._open:
-                yield self._update(index, news)
+            waiting = self._early or [await self._inbox.get()]
+            self._early = []
+            while not self._inbox.empty():
+                waiting.append(self._inbox.get_nowait())
+            yield [update for index, news in waiting for update in self._read(index, news)]
         self.close()
+
+    def _read(self, index: int, news: News) -> list[Update]:
+        if news is None:
+            return [Update(-1, Piece("", []))]
+        if isinstance(news, ApiError) and news.code == "timeout" and self._first:
+            still = list(self._open.items())
+            for i, ticket in still:
+                self.service.worker.cancel(ticket)
+                self._finish(i, "length")
+            return [Update(i, Piece("", []), "length") for i, _ in still]
+        if isinstance(news, BaseException):
+            raise self._error(news)
+        return [self._update(index, news)] if index in self._open else []
 
     def close(self) -> None:
         """Leave all places; may be called twice."""
@@ -143,8 +148,7 @@ class Answers:
     def _end(self, error: ApiError) -> None:
         self._inbox.put_nowait((-1, error))
 
-    def _update(self, index: int, news: News) -> Update:
-        assert isinstance(news, Event)
+    def _update(self, index: int, news: Event) -> Update:
         if news.token is not None and not self._first:
             self._first = True
             self.service.metrics.first_token.observe(time.perf_counter() - self._began)

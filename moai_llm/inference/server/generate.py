@@ -120,11 +120,12 @@ async def _whole(answers: Answers, shape: Shape, fronts: list[tuple[str, list[To
     texts = [[text] for text, _ in fronts]
     tokens = [list(front) for _, front in fronts]
     finish: list[str] = ["length"] * len(fronts)
-    async for update in answers.updates():
-        if update.choice >= 0:
-            texts[update.choice].append(update.piece.text)
-            tokens[update.choice] += _after(fronts[update.choice][0], update.piece.tokens)
-            finish[update.choice] = update.finish or finish[update.choice]
+    async for updates in answers.updates():
+        for choice, piece, reason in updates:
+            if choice >= 0:
+                texts[choice].append(piece.text)
+                tokens[choice] += _after(fronts[choice][0], piece.tokens)
+                finish[choice] = reason or finish[choice]
     choices = [shape.choice(i, "".join(texts[i]), tokens[i], finish[i]) for i in range(len(fronts))]
     return to_json(shape.answer(choices, usage(prompt_tokens, answers.tokens, answers.cached)))
 
@@ -138,12 +139,16 @@ async def _events(
                 yield event(shape.piece(shape.opening(i)))
             elif text:
                 yield event(shape.piece(shape.delta(i, text, tokens, None if answers.asks else "length")))
-        async for update in answers.updates():
-            if update.choice < 0:
-                yield ALIVE
-            elif update.piece.text or update.piece.tokens or update.finish:
-                tokens = _after(fronts[update.choice][0], update.piece.tokens)
-                yield event(shape.piece(shape.delta(update.choice, update.piece.text, tokens, update.finish)))
+        async for updates in answers.updates():
+            written = b""
+            for choice, piece, reason in updates:
+                if choice < 0:
+                    written += ALIVE
+                elif piece.text or piece.tokens or reason:
+                    tokens = _after(fronts[choice][0], piece.tokens)
+                    written += event(shape.piece(shape.delta(choice, piece.text, tokens, reason)))
+            if written:
+                yield written
         if shape.with_usage:
             yield event(shape.last_piece(usage(prompt_tokens, answers.tokens, answers.cached)))
     except ApiError as error:  # the status has been sent; OpenAI's clients raise what such an event says
