@@ -52,13 +52,13 @@ def run(arguments: argparse.Namespace) -> None:
     from moai_llm.inference.server.run import address, listen, serve
     from moai_llm.inference.server.service import Service
 
-    bound = listen(options.host, options.port)
-    service = Service(load_model(arguments.model, arguments.device, arguments.dtype), options)
-    if arguments.quiet:
-        logger.setLevel("WARNING")
-    url = address(bound)
-    print(f"{options.name} at {url}: a page to talk to it; OpenAI's API at {url}/v1. Ctrl-C ends it", flush=True)
-    serve(build_app(service), service, bound)
+    with listen(options.host, options.port) as bound:
+        service = Service(load_model(arguments.model, arguments.device, arguments.dtype), options)
+        if arguments.quiet:
+            logger.setLevel("WARNING")
+        url = address(bound)
+        print(f"{options.name} at {url}: a page to talk to it; OpenAI's API at {url}/v1. Ctrl-C ends it", flush=True)
+        serve(build_app(service), service, bound)
 
 
 def _name_of(model: str) -> str:

@@ -2,7 +2,7 @@
 // so that whatever a model writes stays something to read.
 
 const DEEPEST = 8; // quotes and lists inside each other; what is deeper is text
-const FENCE = /^ {0,3}(`{3,}|~{3,})[ \t]*([^\s`]*)[^`]*$/;
+const FENCE = /^ {0,3}(?:(`{3,})([^`]*)|(~{3,})(.*))$/;
 const HEADING = /^ {0,3}(#{1,6})[ \t]+(.*?)[ \t]*#*$/;
 const RULE = /^ {0,3}([-*_])(?:[ \t]*\1){2,}[ \t]*$/;
 const QUOTE = /^ {0,3}> ?/;
@@ -39,7 +39,8 @@ function split(lines, depth) {
     if (!line.trim()) {
       i++;
     } else if ((match = FENCE.exec(line))) {
-      const [, mark, language] = match;
+      const mark = match[1] ?? match[3];
+      const language = (match[2] ?? match[4]).trim().split(/\s/, 1)[0];
       const close = new RegExp(`^ {0,3}${mark[0]}{${mark.length},}[ \\t]*$`);
       for (i++; i < lines.length && !close.test(lines[i]); i++);
       const code = lines.slice(start + 1, i).join("\n");
@@ -149,11 +150,14 @@ function cells(row) {
 
 function table(rows) {
   const sides = cells(rows[1]).map((rule) => (rule.endsWith(":") ? (rule.startsWith(":") ? "center" : "right") : ""));
-  const line = (row, name) => element("tr", ...sides.map((side, i) => {
-    const cell = element(name, ...inline(cells(row)[i] ?? "", 0));
-    if (side) cell.className = side;
-    return cell;
-  }));
+  const line = (row, name) => {
+    const texts = cells(row);
+    return element("tr", ...sides.map((side, i) => {
+      const cell = element(name, ...inline(texts[i] ?? "", 0));
+      if (side) cell.className = side;
+      return cell;
+    }));
+  };
   const body = element("tbody", ...rows.slice(2).map((row) => line(row, "td")));
   const frame = element("div", element("table", element("thead", line(rows[0], "th")), body));
   frame.className = "table";
@@ -169,6 +173,7 @@ const PAIRS = [["**", "strong"], ["__", "strong"], ["~~", "del"], ["*", "em"], [
 // The nodes of a text inside a block.
 function inline(text, depth) {
   const nodes = [];
+  const open = new Set(); // marks that nothing behind here closes: looked for once
   let plain = "";
   const flush = () => {
     if (plain) nodes.push(document.createTextNode(plain));
@@ -181,7 +186,7 @@ function inline(text, depth) {
     plain += text.slice(i, next);
     i = next;
     if (i >= text.length) break;
-    const found = depth < DEEPEST ? special(text, i, depth) : null;
+    const found = depth < DEEPEST ? special(text, i, depth, open) : null;
     if (found) {
       if (typeof found.node === "string") plain += found.node;
       else {
@@ -197,7 +202,7 @@ function inline(text, depth) {
   return nodes;
 }
 
-function special(text, i, depth) {
+function special(text, i, depth, open) {
   const at = text[i];
   if (at === "\n") return { node: element("br"), end: i + 1 };
   if (at === "\\") return /[!-/:-@[-`{-~]/.test(text[i + 1] ?? "") ? { node: text[i + 1], end: i + 2 } : null;
@@ -224,11 +229,12 @@ function special(text, i, depth) {
     return { node: link(match[2], shown), end: LINK.lastIndex };
   }
   for (const [mark, name] of PAIRS) {
-    if (!text.startsWith(mark, i) || !/\S/.test(text[i + mark.length] ?? " ")) continue;
+    if (!text.startsWith(mark, i) || open.has(mark) || !/\S/.test(text[i + mark.length] ?? " ")) continue;
     if (mark[0] === "_" && /[\p{L}\p{N}]/u.test(text[i - 1] ?? "")) continue;
     let end = text.indexOf(mark, i + mark.length + 1);
     while (end >= 0 && !closes(text, end, mark)) end = text.indexOf(mark, end + 1);
-    if (end > 0) return { node: element(name, ...inline(text.slice(i + mark.length, end), depth + 1)), end: end + mark.length };
+    if (end < 0) open.add(mark);
+    else return { node: element(name, ...inline(text.slice(i + mark.length, end), depth + 1)), end: end + mark.length };
   }
   return null;
 }
