@@ -172,7 +172,7 @@ def distributions(logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) ->
         if kind == "top_k":  # the best are few among many: to find them is several times faster than to sort all
             values, ids = chosen.topk(max(s.top_k for s in samplings))
         elif kind == "sorted":
-            values, ids = chosen.sort(dim=-1, descending=True, stable=True)
+            values, ids = chosen.sort(stable=True, dim=-1, descending=True)
         else:
             values, ids = chosen, torch.arange(logits.shape[-1], device=logits.device).expand_as(chosen)
         kept = filtered(values.to(torch.float64), samplings)
