@@ -213,6 +213,15 @@ class SlotCache:
 
     # ---------------------------------------------------------------- rows
 
+    def reorder(self, rows: list[int]) -> None:
+        """Row i becomes what row `rows[i]` was."""
+        picked = torch.tensor(rows)
+        for layer in self.layers:
+            if layer.pair is not None:
+                for tensor in layer.pair:
+                    tensor[: len(rows)] = tensor.index_select(0, picked.to(tensor.device))
+        self.lengths[: len(rows)] = [self.lengths[row] for row in rows]
+
     def clear(self, row: int, final: int = 0) -> None:
         """An empty row."""
         self.select(row)

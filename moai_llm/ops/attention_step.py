@@ -1,8 +1,8 @@
 """One position of an attention mixer for decoding, as one op, over a batch of sequences of different lengths.
 
 Projections, norms of queries and keys, rotation, the write into the cache and the attention itself are two dozen small
-operations; to start them costs more than to run them, and where the lengths differ they also need a mask. `reference` is
-these, `native` one C++ function that reads of each sequence what it has.
+operations; to start them costs more than to run them, and where the lengths differ they also need a mask. `reference`
+is these, `native` one C++ function that reads of each sequence what it has.
 """
 
 from __future__ import annotations
