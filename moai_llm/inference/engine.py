@@ -20,11 +20,13 @@ from torch import Tensor
 from moai_llm.inference.load import TextModel
 from moai_llm.inference.prefix import PrefixStore
 from moai_llm.inference.sampling import Choice, Draw, Sampling, choose
+from moai_llm.inference.speculate import Drafter, Guess, checked
 from moai_llm.inference.text_stream import TextStream
 from moai_llm.modeling.slots import SlotCache, fits_slots
 from moai_llm.runtime import MoaiError
 
 STOP, LENGTH, CANCELLED = "stop", "length", "cancelled"
+MOST_BEHIND = 24  # certain tokens to feed again with a guess
 
 
 @dataclass(eq=False)
@@ -78,6 +80,8 @@ class Counters:
     reused_tokens: int = 0
     generated_tokens: int = 0
     decode_steps: int = 0
+    guessed_tokens: int = 0
+    taken_tokens: int = 0  # of the guessed ones, those that the model would have said as well
     prefill_chunks: int = 0
 
 
@@ -88,6 +92,9 @@ class Engine:
             contexts.
         prefill_chunk: tokens of a prompt that are computed at once.
         prefix_cache: whether anything is kept.
+        drafter: guesses tokens while one request runs alone (speculate.py); with several, a guess costs more than it
+            saves.
+        guesses: tokens it guesses at a time.
         context: prompt and answer together at most; default the model's, none for a model without attention.
 
     Raises:
@@ -102,9 +109,11 @@ class Engine:
         cache_tokens: int | None = None,
         prefill_chunk: int = 512,
         prefix_cache: bool = True,
+        drafter: Drafter | None = None,
+        guesses: int = 5,
         context: int | None = None,
     ) -> None:
-        for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk)):
+        for name, value in (("max_batch", max_batch), ("prefill_chunk", prefill_chunk), ("guesses", guesses)):
             if value < 1:
                 raise MoaiError(f"{name} = {value} must be at least 1")
         model = text_model.model
@@ -115,7 +124,7 @@ class Engine:
             )
         self.text_model, self.max_batch, self.prefill_chunk = text_model, max_batch, prefill_chunk
         self.context = context if context is not None else _context(text_model)
-        self.counters = Counters()
+        self.counters, self._drafter, self._guesses = Counters(), drafter, guesses
         self._model, self._stops = model, set(text_model.tokenizer.stop_ids)
         self._cache = SlotCache(model.config)
         self._waiting: deque[Request] = deque()
@@ -221,38 +230,83 @@ class Engine:
         return request
 
     def _keep(self, request: Request, row: int, tokens: list[int]) -> None:
-        if self._store is not None and tokens and not self._store.has(tokens, request.rope):
-            self._store.add(tokens, self._cache.keep(row), request.rope)
+        if self._store is None or not tokens or self._store.has(tokens, request.rope):
+            return
+        if self._cache.lengths[row] > len(tokens):  # a text ended within guesses
+            if self._cache.has_states:
+                return
+            self._cache.cut(row, len(tokens))
+        self._store.add(tokens, self._cache.keep(row), request.rope)
 
     # ---------------------------------------------------------------- tokens
 
     def _decode(self) -> list[Event]:
         requests = list(self._running)
+        if self._drafter is not None and len(requests) == 1 and self._prefilling is None:
+            request = requests[0]
+            count = min(self._guesses, request.limit - len(request.tokens) - 1)
+            behind = len(request.prompt) + len(request.tokens) - request.fed
+            if count > 0 and behind <= MOST_BEHIND:
+                guess = self._drafter.guess([*request.prompt, *request.tokens], count, request.draw)
+                if guess.tokens:
+                    return self._check(request, guess)
+        for row, request in enumerate(requests):
+            pending = [*request.prompt, *request.tokens][request.fed : -1]
+            if pending:  # a refused guess has taken a row with states back
+                self._forward(row, [pending])
+                request.fed += len(pending)
         logits = self._forward(0, [request.tokens[-1:] for request in requests])
         for request in requests:
             request.fed += 1
         self.counters.decode_steps += 1
         return self._chosen(requests, choose(logits, [request.draw for request in requests]))
 
-    def _forward(self, row: int, tokens: list[list[int]]) -> Tensor:
-        """(B, V) logits after the given tokens, equally many for each row from `row` on."""
+    def _check(self, request: Request, guess: Guess) -> list[Event]:
+        """Feed what is certain and the guesses in one forward. Keys of refused guesses are cut off; states cannot be:
+        the row goes back to before the forward, and what was certain is fed once more with the next guesses.
+        """
+        before, states = request.fed, self._cache.keep_states(0) if self._cache.has_states else None
+        pending = [*request.prompt, *request.tokens][before:]
+        logits = self._forward(0, [[*pending, *guess.tokens]], keep=len(guess.tokens) + 1)
+        choices, taken = checked(logits, guess, request.draw, self._stops)
+        request.fed = before + len(pending) + taken
+        if taken < len(guess.tokens):
+            if states is not None:
+                self._cache.put_states(0, states)
+                request.fed = before
+            self._cache.cut(0, request.fed)
+        self.counters.decode_steps += 1
+        self.counters.guessed_tokens += len(guess.tokens)
+        self.counters.taken_tokens += taken
+        events: list[Event] = []
+        for choice in choices:
+            events.append(self._add(request, choice, drawn=True))
+            if request.finished:
+                break
+        return events
+
+    def _forward(self, row: int, tokens: list[list[int]], keep: int = 1) -> Tensor:
+        """(B, V) logits after the given tokens, equally many for each row from `row` on; or (keep, V), the last ones
+        of a single row.
+        """
         output = self._model(
             input_ids=torch.tensor(tokens, device=self._model.device),
             past_key_values=self._cache.select(row, len(tokens)),
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
-        logits = output.logits[:, -1, : self.text_model.tokenizer.vocab_size]
+        logits = (output.logits[:, -1] if keep == 1 else output.logits[0])[:, : self.text_model.tokenizer.vocab_size]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _chosen(self, requests: list[Request], choices: list[Choice]) -> list[Event]:
         return [self._add(request, choice) for request, choice in zip(requests, choices)]
 
-    def _add(self, request: Request, choice: Choice) -> Event:
+    def _add(self, request: Request, choice: Choice, drawn: bool = False) -> Event:
         if choice.token in self._stops:
             return self._finish(request, Event(request, None, request.text.end(), finished=STOP))
         request.tokens.append(choice.token)
-        request.draw.add(choice.token)
+        if not drawn:
+            request.draw.add(choice.token)
         self.counters.generated_tokens += 1
         text = request.text.push(choice.token)
         finished = STOP if request.text.stopped else LENGTH if len(request.tokens) >= request.limit else None

@@ -110,32 +110,22 @@ class Distribution(NamedTuple):
 
 def choose(logits: Tensor, draws: Sequence[Draw]) -> list[Choice]:
     """One token for each row of logits (B, V)."""
-    logprobs = _logprobs(logits, draws)
     adjusted = penalised(logits, draws)
     tokens = adjusted.argmax(-1).tolist()
     warm = [i for i, draw in enumerate(draws) if draw.sampling.temperature > 0]
     for i, distribution in zip(warm, distributions(adjusted, [draws[i] for i in warm], warm)):
         tokens[i] = distribution.at(draws[i].uniform())
-    return [
-        Choice(token, *_report(logprobs[i], token, draw.sampling.logprobs))
-        for i, (token, draw) in enumerate(zip(tokens, draws))
-    ]
+    return [reported(row, token, draw) for row, token, draw in zip(logits, tokens, draws)]
 
 
-def _logprobs(logits: Tensor, draws: Sequence[Draw]) -> list[Tensor | None]:
-    return [
-        None if draw.sampling.logprobs is None else row.to(torch.float64).log_softmax(-1)
-        for draw, row in zip(draws, logits)
-    ]
-
-
-def _report(
-    logprobs: Tensor | None, token: int, count: int | None
-) -> tuple[float | None, list[tuple[int, float]] | None]:
-    if logprobs is None or count is None:
-        return None, None
+def reported(logits: Tensor, token: int, draw: Draw) -> Choice:
+    """The choice of a token, with what the request wants to know of the logits (V,) it was chosen from."""
+    count = draw.sampling.logprobs
+    if count is None:
+        return Choice(token)
+    logprobs = logits.to(torch.float64).log_softmax(-1)
     best = logprobs.topk(min(count, len(logprobs)))
-    return float(logprobs[token]), list(zip(best.indices.tolist(), best.values.tolist()))
+    return Choice(token, float(logprobs[token]), list(zip(best.indices.tolist(), best.values.tolist())))
 
 
 def penalised(logits: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -172,7 +162,7 @@ def distributions(logits: Tensor, draws: Sequence[Draw], rows: Sequence[int]) ->
         if kind == "top_k":  # the best are few among many: to find them is several times faster than to sort all
             values, ids = chosen.topk(max(s.top_k for s in samplings))
         elif kind == "sorted":
-            values, ids = chosen.sort(dim=-1, descending=True, stable=True)
+            values, ids = chosen.sort(stable=True, dim=-1, descending=True)
         else:
             values, ids = chosen, torch.arange(logits.shape[-1], device=logits.device).expand_as(chosen)
         kept = filtered(values.to(torch.float64), samplings)

@@ -6,14 +6,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moai_llm.config import MoaiConfig
-from moai_llm.modeling.linear import Linear
+from moai_llm.modeling.linear import Linear, plain
 from moai_llm.modeling.normalization import RMSNorm
 from moai_llm.modeling.slots import SlotCache
 from moai_llm.ops.attention import attention, attention_reference
+from moai_llm.ops.attention_step import AttentionWeights
 from moai_llm.ops.rotary import apply_rotary
 
 
@@ -46,6 +48,8 @@ class Attention(nn.Module):
         cache: Any = None,
     ) -> Tensor:
         b, l, _ = x_BLD.shape
+        if isinstance(cache, SlotCache) and l == 1 and self._plain():
+            return cache.step(self.layer_idx, x_BLD[:, 0], rope, self.window, self._step_weights())[:, None]
         q = self.q_norm(self.q_proj(x_BLD).view(b, l, -1, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x_BLD).view(b, l, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x_BLD).view(b, l, -1, self.head_dim).transpose(1, 2)
@@ -62,6 +66,16 @@ class Attention(nn.Module):
                 k, v = k[:, :, :l], v[:, :, :l]  # first call of a static cache: the rest of its keys are still empty
         y = self._attend(q, k, v, mask, seq_idx)
         return self.o_proj(y.reshape(b, l, -1))
+
+    def _plain(self) -> bool:
+        return not torch.is_grad_enabled() and plain(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+
+    def _step_weights(self) -> AttentionWeights:
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        return AttentionWeights(
+            self.head_dim, self.config.rms_norm_eps, *(p.weight for p in projections), *(p.bias for p in projections),
+            getattr(self.q_norm, "weight", None), getattr(self.k_norm, "weight", None),
+        )  # fmt: skip
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, seq_idx: Tensor | None) -> Tensor:
         """(B, H, Lq, d) -> (B, Lq, H, d): our op, or the transformers attention function the user asked for by name."""

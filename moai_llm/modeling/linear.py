@@ -7,6 +7,15 @@ from torch import Tensor, nn
 from moai_llm.ops.linear import linear
 
 
+def plain(*layers: nn.Module | None) -> bool:
+    """Whether these layers are their weights. What wraps one (an adapter) or stands for its weight (quantized,
+    distributed) computes more than an op that reads the weights would see.
+    """
+    return all(
+        layer is None or (type(layer) is Linear and type(layer.weight) in (Tensor, nn.Parameter)) for layer in layers
+    )
+
+
 class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)

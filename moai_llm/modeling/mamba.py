@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from moai_llm.config import MoaiConfig
-from moai_llm.modeling.linear import Linear
+from moai_llm.modeling.linear import Linear, plain
 from moai_llm.modeling.normalization import RMSNorm
 from moai_llm.modeling.slots import SlotStates
 from moai_llm.ops.causal_conv1d import causal_conv1d, conv_tail
@@ -124,11 +124,7 @@ class Mamba(nn.Module):
         return torch.cat([before[0][..., self.kernel - missing :].to(tail.dtype), tail], -1)
 
     def _plain(self) -> bool:
-        """Whether the projections are their weights. What wraps one, an adapter for example, computes more than the op
-        for one position, which reads the weights, would see.
-        """
-        projections = (self.in_proj_x, self.in_proj_z, self.x_proj, self.dt_proj, self.out_proj)
-        return all(type(projection) is Linear for projection in projections)
+        return plain(self.in_proj_x, self.in_proj_z, self.x_proj, self.dt_proj, self.out_proj)
 
     def _step_weights(self) -> StepWeights:
         dt_norm, B_norm, C_norm = (getattr(norm, "weight", None) for norm in (self.dt_norm, self.B_norm, self.C_norm))

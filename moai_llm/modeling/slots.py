@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moai_llm.config import MoaiConfig
+from moai_llm.ops.attention_step import AttentionWeights, attention_step
 from moai_llm.ops.slot_attention import slot_attention
 
 KEYS, STATES = ("full_attention", "sliding_attention"), ("linear_attention",)
@@ -69,8 +70,8 @@ class SlotKeys(_Layer):
         keys, values = self.rows()
         starts = cache.lengths[cache.first : cache.first + cache.count]
         if len(set(starts)) == 1:
-            place = slice(starts[0], starts[0] + length)
-            keys[:, :, place], values[:, :, place] = k, v
+            keys[:, :, starts[0] : starts[0] + length] = k
+            values[:, :, starts[0] : starts[0] + length] = v
         else:
             row = torch.arange(len(starts), device=k.device)[:, None]
             place = torch.tensor(starts, device=k.device)[:, None] + torch.arange(length, device=k.device)
@@ -191,12 +192,35 @@ class SlotCache:
         lengths = [n + q.shape[2] for n in self.lengths[self.first : self.first + self.count]]
         return slot_attention(q, keys, values, lengths, window)
 
+    def step(
+        self,
+        layer_idx: int,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        window: int | None,
+        weights: AttentionWeights,
+    ) -> Tensor:
+        """A whole attention mixer for one new position x (B, W) of each selected row."""
+        layer = self.layers[layer_idx]
+        layer.reserve(x.new_empty(0), weights.k.shape[0] // weights.size, weights.size, 1)
+        lengths = self.lengths[self.first : self.first + self.count]
+        return attention_step(x, *layer.rows(), lengths, rope, window, weights)
+
     def advance(self, length: int) -> None:
         """The selected rows have got so many tokens more."""
         for row in range(self.first, self.first + self.count):
             self.lengths[row] += length
 
     # ---------------------------------------------------------------- rows
+
+    def reorder(self, rows: list[int]) -> None:
+        """Row i becomes what row `rows[i]` was."""
+        picked = torch.tensor(rows)
+        for layer in self.layers:
+            if layer.pair is not None:
+                for tensor in layer.pair:
+                    tensor[: len(rows)] = tensor.index_select(0, picked.to(tensor.device))
+        self.lengths[: len(rows)] = [self.lengths[row] for row in rows]
 
     def clear(self, row: int, final: int = 0) -> None:
         """An empty row."""

@@ -6,10 +6,12 @@
 #pragma once
 
 #include <atomic>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -138,6 +140,17 @@ inline vec exp2(vec x) {
 #endif
 }
 
+// exp(-|x|) of a large |x| is 0 in fp32; past this nothing changes, and 2^x stays defined
+constexpr float LOG2E = 1.44269504f;
+inline vec silu(vec x) { return x / (1.f + exp2(at_most(x * -LOG2E, 126.f))); }
+
+// x (rows of `count`) over its root mean square, times a weight, in place.
+template <class T>
+void normalise(float* x, idx count, const T* weight, float eps) {
+    const float inverse = 1.f / std::sqrt(dot(x, x, count) / float(count) + eps);
+    for (idx i = 0; i < count; i++) x[i] *= inverse * load(weight + i, 1)[0];
+}
+
 // ---------------------------------------------------------------- threads
 
 // GOMP_parallel of the OpenMP runtime that torch has loaded. To ask it for a team by address, and not to compile with
@@ -170,18 +183,64 @@ void parallel(int threads, idx tasks, const Run& run) {
 // a team of another size than torch's restarts threads.
 inline int worth_waking(int threads, idx bytes) { return bytes < 2 * 1024 * 1024 ? 1 : threads; }
 
+// R rows of x against O rows of w, each sum on its own in the order of the columns: what is beside a row in a tile changes
+// no bit of its result, so a batch gives each of its rows what the row gets alone.
+template <int R, int O, class T>
+inline void tile(const float* x, const T* w, idx in, float* y, idx stride, const float* start) {
+    vec sums[R][O] = {};
+    const auto add = [&](idx i, int lanes) __attribute__((always_inline)) {
+        vec columns[O];
+#pragma GCC unroll 8
+        for (int o = 0; o < O; o++) columns[o] = load(w + o * in + i, lanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const vec row = load(x + r * in + i, lanes);
+#pragma GCC unroll 8
+            for (int o = 0; o < O; o++) sums[r][o] += row * columns[o];
+        }
+    };
+    idx i = 0;
+    for (; i + W <= in; i += W) add(i, W);
+    if (i < in) add(i, int(in - i));
+    for (int r = 0; r < R; r++)
+        for (int o = 0; o < O; o++) y[r * stride + o] = start[o] + sum_lanes(sums[r][o]);
+}
+
+// `out` rows of w for all rows of x; y (rows, stride).
+template <class T>
+inline void matvec_piece(idx rows, idx in, idx out, const float* x, const T* w, const T* bias, float* y, idx stride) {
+    constexpr int O = 4;
+    float start[O];
+    for (idx o = 0; o < out; o += O) {
+        const int width = out - o < O ? int(out - o) : O;
+        for (int i = 0; i < O; i++) start[i] = bias && i < width ? load(bias + o + i, 1)[0] : 0.f;
+        const T* weights = w + o * in;
+        idx r = 0;
+        if (width == O) {
+            for (; r + 3 <= rows; r += 3) tile<3, O>(x + r * in, weights, in, y + r * stride + o, stride, start);
+            if (rows - r == 2) tile<2, O>(x + r * in, weights, in, y + r * stride + o, stride, start);
+            if (rows - r == 1) tile<1, O>(x + r * in, weights, in, y + r * stride + o, stride, start);
+        } else {
+            for (; r < rows; r++)
+                for (int i = 0; i < width; i++)
+                    tile<1, 1>(x + r * in, weights + i * in, in, y + r * stride + o + i, stride, start + i);
+        }
+    }
+}
+
+constexpr idx TASK_BYTES = 64 * 1024;  // weights a thread takes at a time
+
 // y (rows, out) = x (rows, in) W^T + bias. Each weight is read once, for all rows.
 template <class T, class Y>
 void matvec(idx rows, idx in, idx out, int threads, const float* x, const T* w, const T* bias, Y* y) {
-    constexpr idx TASK_BYTES = 64 * 1024;  // weights a thread takes at a time
-    const idx each = TASK_BYTES / idx(in * sizeof(T)) + 1;
+    const idx each = (TASK_BYTES / idx(in * sizeof(T)) + 4) / 4 * 4;
+    const std::unique_ptr<float[]> wide(std::is_same<Y, float>::value ? nullptr : new float[rows * out]);
+    float* result = wide ? wide.get() : reinterpret_cast<float*>(y);
     parallel(worth_waking(threads, out * in * idx(sizeof(T))), (out + each - 1) / each, [&](idx task, int) {
-        const idx stop = (task + 1) * each < out ? (task + 1) * each : out;
-        for (idx o = task * each; o < stop; o++) {
-            const float start = bias ? load(bias + o, 1)[0] : 0.f;
-            for (idx r = 0; r < rows; r++) y[r * out + o] = rounded<Y>(start + dot(x + r * in, w + o * in, in));
-        }
+        const idx first = task * each, count = out - first < each ? out - first : each;
+        matvec_piece(rows, in, count, x, w + first * in, bias ? bias + first : nullptr, result + first, out);
     });
+    if (wide) convert(wide.get(), rows * out, y);
 }
 
 // Aligned memory for each worker, taken before they start: an exception must not leave a thread.
