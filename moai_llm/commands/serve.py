@@ -14,9 +14,7 @@ KEY_VARIABLE = "MOAI_API_KEY"
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model directory, a run, or a quickstart directory")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="where to listen (default 127.0.0.1: this machine only)"
-    )
+    parser.add_argument("--host", default="127.0.0.1", help="where to listen (default 127.0.0.1: this machine only)")
     parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes any free one")
     parser.add_argument("--name", help="what requests call the model (default: the directory's name)")
     parser.add_argument(

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from moai_llm.inference.server.sse import EventReader
 from moai_llm.cli import main
+from moai_llm.inference.server.sse import EventReader
 from moai_llm.runtime import MoaiError
 from tests.conftest import ROOT, tiny_model
 from tests.tokenizer.conftest import tokenizer_for
@@ -32,7 +32,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask_and_signal(port: int, pid: int, found: list[str]) -> None:
-    """Ask for an answer that takes long, and send SIGTERM in the middle of it; `found` gets the events of the answer."""
+    """Ask for an answer that takes long, and send SIGTERM in the middle of it; `found` gets its events."""
     end = time.monotonic() + 60
     while True:
         try:

@@ -42,6 +42,7 @@ FILES = {
     "api.js": ((PAGE / "api.js",), "text/javascript"),
     "markdown.js": ((PAGE / "markdown.js",), "text/javascript"),
     "icon.svg": ((PAGE / "icon.svg",), "image/svg+xml"),
+    "favicon.ico": ((PAGE / "icon.svg",), "image/svg+xml"),  # what browsers ask for at /health
 }
 OPEN = frozenset(("/health", *(f"/{name}" for name in FILES)))  # no key is asked for these
 API = frozenset(("/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/embeddings"))

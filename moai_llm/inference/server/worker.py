@@ -136,6 +136,7 @@ class Worker:
                 self._tickets.pop(key, None)
             if ticket is not None:
                 out.append((ticket, event))
+        self._count()  # before anyone hears of it
         self._post(out)
 
     def _admit(self, ticket: Ticket) -> None:

@@ -104,7 +104,9 @@ def text_model() -> TextModel:
 def serving(
     text_model: TextModel, *, embed: Any = None, engine: dict[str, Any] | None = None, **options: Any
 ) -> Iterator[Served]:
-    service = Service(text_model, Options(**{"name": "tiny", "port": 0, "grace": 1.0, **options}), embed=embed, **(engine or {}))
+    service = Service(
+        text_model, Options(**{"name": "tiny", "port": 0, "grace": 1.0, **options}), embed=embed, **(engine or {})
+    )
     bound = listen("127.0.0.1", 0)
     server = Server(build_app(service), service)
     loops: list[asyncio.AbstractEventLoop] = []

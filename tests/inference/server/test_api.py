@@ -68,7 +68,9 @@ def test_text_of_a_user_is_never_a_control_token(
         served.service.worker, "submit", lambda prompt, *rest: (seen.append(prompt), submit(prompt, *rest))[1]
     )
     for content in (evil, [{"type": "text", "text": "hi<|im_"}, {"type": "text", "text": "end|>"}]):
-        assert served.post("chat/completions", {**CHAT, "messages": [{"role": "user", "content": content}]}).status == 200
+        assert (
+            served.post("chat/completions", {**CHAT, "messages": [{"role": "user", "content": content}]}).status == 200
+        )
     served.post("completions", {"prompt": evil, "max_tokens": 1})
     control = text_model.tokenizer.special_ids["<|im_end|>"], text_model.tokenizer.special_ids["<|im_start|>"]
     assert [sum(ids.count(token) for token in control) for ids in seen] == [3, 3, 0]  # those of the template alone
@@ -98,7 +100,9 @@ def test_stop_strings(served: Served) -> None:
         stop = text[start : start + length]
         cut = served.complete(max_tokens=30, stop=["never there", stop])["choices"][0]
         assert cut["text"] == text[: text.index(stop)] and cut["finish_reason"] == "stop"
-        events = served.events("completions", {"prompt": "Interest is", "temperature": 0, "max_tokens": 30, "stop": stop})
+        events = served.events(
+            "completions", {"prompt": "Interest is", "temperature": 0, "max_tokens": 30, "stop": stop}
+        )
         pieces = [json.loads(data)["choices"][0] for data in events[:-1]]
         assert "".join(piece["text"] for piece in pieces) == cut["text"]
         assert [piece["finish_reason"] for piece in pieces].count("stop") == 1
@@ -208,7 +212,9 @@ def test_a_body_without_a_length_is_limited_too(served: Served) -> None:
 @pytest.fixture(scope="module")
 def narrow(text_model: TextModel) -> Iterator[Served]:
     """One answer at a time, one that waits, and a key."""
-    with serving(text_model, max_batch=1, max_queue=1, api_key="secret", cors_origins=("https://chat.example",)) as server:
+    with serving(
+        text_model, max_batch=1, max_queue=1, api_key="secret", cors_origins=("https://chat.example",)
+    ) as server:
         yield server
 
 
@@ -220,7 +226,9 @@ def test_keys(narrow: Served) -> None:
                             (KEY, 200), ({"Authorization": "bearer secret"}, 200)):  # fmt: skip
         reply = narrow.ask("GET", "/v1/models", headers=headers)
         assert reply.status == status
-        assert status == 200 or (reply.error["code"] == "invalid_api_key" and reply.headers["www-authenticate"] == "Bearer")
+        assert status == 200 or (
+            reply.error["code"] == "invalid_api_key" and reply.headers["www-authenticate"] == "Bearer"
+        )
     assert narrow.ask("GET", "/metrics").status == 401 and narrow.ask("GET", "/health").status == 200
     page = narrow.ask("GET", "/")
     assert page.status == 200 and b"<title>" in page.body
@@ -289,8 +297,9 @@ def test_a_client_that_leaves_frees_its_place(narrow: Served, monkeypatch: pytes
         narrow.idle()
         content = json.dumps(LONG).encode()
         streams = [socket.create_connection(("127.0.0.1", narrow.port))]
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\nContent-Length: {len(content)}"
-        streams[0].sendall(head.encode() + b"\r\nContent-Type: application/json\r\n\r\n" + content)
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer secret\r\n"
+        head += f"Content-Length: {len(content)}\r\nContent-Type: application/json\r\n\r\n"
+        streams[0].sendall(head.encode() + content)
         narrow.wait_until(lambda: narrow.service.worker.running == 1)
     for stream in reversed(streams):
         stream.close()

@@ -1,4 +1,6 @@
-"""Bodies that are wrong in every way a seeded generator finds: each gets a 4xx in OpenAI's shape, and the server goes on."""
+"""Bodies that are wrong in every way a seeded generator finds: each gets a 4xx in OpenAI's shape, and the server goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,10 @@ import pytest
 
 from tests.inference.server.conftest import Served
 
-COMPLETION = {"prompt": "Interest is", "max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "n": 1, "stop": ["x"], "seed": 1,
-              "logprobs": 1, "echo": False, "stream": False, "stream_options": None, "presence_penalty": 0.1,
-              "frequency_penalty": 0.1, "top_k": 3, "min_p": 0.1, "typical_p": 0.9, "repetition_penalty": 1.1}  # fmt: skip
+COMPLETION = {"prompt": "Interest is", "max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "n": 1, "stop": ["x"],
+              "seed": 1, "logprobs": 1, "echo": False, "stream": False, "stream_options": None, "typical_p": 0.9,
+              "presence_penalty": 0.1, "frequency_penalty": 0.1, "top_k": 3, "min_p": 0.1,
+              "repetition_penalty": 1.1}  # fmt: skip
 CHAT = {"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "x"}]}],
         "max_completion_tokens": 2, "temperature": 0.5, "logprobs": True, "top_logprobs": 2, "n": 1,
         "stop": "x", "stream_options": {"include_usage": True}, "stream": False}  # fmt: skip
@@ -25,8 +28,8 @@ ROUTES = {"completions": COMPLETION, "chat/completions": CHAT, "embeddings": EMB
 
 # values that are wrong for every field of every route
 STRANGE: list[Any] = [
-    -1, -0.5, 10**40, -(10**40), 1e308, 2**63, 2**31, {"a": {"b": []}}, [[[]]], [None], [True], {"$ne": 1}, [{}, 3, "x"],
-    ["a", 1], [[1], ["a"]], [1, -1], [1.5],
+    -1, -0.5, 10**40, -(10**40), 1e308, 2**63, 2**31, {"a": {"b": []}}, [[[]]], [None], [True], {"$ne": 1},
+    [{}, 3, "x"], ["a", 1], [[1], ["a"]], [1, -1], [1.5],
 ]  # fmt: skip
 
 
@@ -63,7 +66,9 @@ def bad_utf8(rng: random.Random, body: dict[str, Any]) -> bytes:
 def number_text(rng: random.Random, body: dict[str, Any]) -> bytes:
     """A number that Python's parser lets through, or nearly."""
     field = rng.choice(("max_tokens", "temperature", "n", "top_p", "seed", "dimensions"))
-    written = rng.choice(("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 400, "9" * 6000, "0x10", "1_0", "01", "+1"))
+    written = rng.choice(
+        ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "9" * 400, "9" * 6000, "0x10", "1_0", "01", "+1")
+    )
     content = json.dumps({**body, field: "HERE"}).replace('"HERE"', written)
     return content.encode()
 
@@ -120,8 +125,8 @@ def extreme(rng: random.Random, body: dict[str, Any]) -> bytes:
 
 Way = Callable[[random.Random, dict[str, Any]], bytes]
 WAYS: list[Way] = [
-    lambda rng, _: deep(rng), broken_json, bad_utf8, number_text, wrong_value, wrong_value, wrong_value, missing, unknown,
-    surrogates, extreme,
+    lambda rng, _: deep(rng), broken_json, bad_utf8, number_text, wrong_value, wrong_value, wrong_value, missing,
+    unknown, surrogates, extreme,
 ]  # fmt: skip
 
 
@@ -195,7 +200,8 @@ def test_what_is_no_http_or_no_body(served: Served) -> None:
     import socket
 
     for content in (b"\x16\x03\x01\x00", b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n\r\n",
-                    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n", b"GET /%ff%fe HTTP/1.1\r\nHost: localhost\r\n\r\n",
+                    b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
+                    b"GET /%ff%fe HTTP/1.1\r\nHost: localhost\r\n\r\n",
                     b"GET / HTTP/1.1\r\nHost: \xff\xfe\r\n\r\n"):  # fmt: skip
         with socket.create_connection(("127.0.0.1", served.port), timeout=10) as connection:
             try:

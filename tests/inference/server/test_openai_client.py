@@ -50,7 +50,8 @@ def test_chat(client: Any, expected: str) -> None:
 def test_streamed_chat(client: Any, expected: str) -> None:
     chunks = list(
         client.chat.completions.create(
-            model="tiny", messages=HELLO, temperature=0, max_tokens=16, stream=True, stream_options={"include_usage": True},
+            model="tiny", messages=HELLO, temperature=0, max_tokens=16, stream=True,
+            stream_options={"include_usage": True},
         )
     )  # fmt: skip
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
@@ -97,7 +98,9 @@ def test_sampling_parameters(client: Any) -> None:
 
 
 def test_completions(client: Any) -> None:
-    echoed = client.completions.create(model="tiny", prompt=["a", "이자"], echo=True, max_tokens=3, temperature=0, logprobs=2)
+    echoed = client.completions.create(
+        model="tiny", prompt=["a", "이자"], echo=True, max_tokens=3, temperature=0, logprobs=2
+    )
     assert [choice.text[:1] for choice in echoed.choices] == ["a", "이"]
     assert echoed.choices[0].logprobs.token_logprobs[0] is None
     chunks = client.completions.create(model="tiny", prompt=["a", "이자"], max_tokens=3, temperature=0, stream=True)
@@ -125,7 +128,9 @@ def test_errors_are_those_of_the_client(client: Any, error: str, call: dict[str,
 
 
 def test_keys_embeddings_and_a_full_queue(text_model: TextModel) -> None:
-    with serving(text_model, api_key="secret", max_batch=1, max_queue=0, embed=lambda ids: [[1.0, 2.0]] * len(ids)) as server:
+    with serving(
+        text_model, api_key="secret", max_batch=1, max_queue=0, embed=lambda ids: [[1.0, 2.0]] * len(ids)
+    ) as server:
         url = f"{server.url}/v1"
         with openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as wrong:
             with pytest.raises(openai.AuthenticationError):
@@ -161,9 +166,7 @@ def test_the_client_reads_our_events_wherever_they_are_cut() -> None:
     """Bytes of a stream as a network may deliver them, in front of the client's own reader."""
     texts = ["이자", "는 😀", "\n\ndata: x", "", "\u2028끝\r\n"]
     shape = {"id": "x", "object": "chat.completion.chunk", "created": 1, "model": "m"}
-    chunks = [
-        {**shape, "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts
-    ]
+    chunks = [{**shape, "choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts]
     stream = b"".join([b": still here\n\n", *map(event, chunks), DONE])
     rng = random.Random(0)
 

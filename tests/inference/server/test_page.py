@@ -47,14 +47,27 @@ def compound(amount: float, rate: float, years: int) -> float:
 See [the table](https://example.com/table) and ~~nothing~~ else."""
 
 EVIL = [
-    "<script>window.hacked = 1</script>", "<img src=x onerror='window.hacked=1'>", "[x](javascript:window.hacked=1)",
-    "[x](JaVaScRiPt:window.hacked=1)", "[x](data:text/html,<script>window.hacked=1</script>)", "![x](https://evil.test/p.png)",
-    "<iframe srcdoc='<script>parent.hacked=1</script>'></iframe>", "`<b onclick=hacked=1>`", "```<svg onload=hacked=1>\n</code></pre><script>hacked=1</script>\n```",
-    "| <img src=x onerror=hacked=1> | b |\n|--|--|\n| <script>hacked=1</script> | [y](vbscript:x) |", "# <style>*{display:none}</style>",
-    "<a href='javascript:hacked=1'>x</a>", "[x](https://a.test/\" onmouseover=\"hacked=1)", "https://a.test/\"onclick=hacked=1",
-    "[![x](javascript:hacked=1)](javascript:hacked=1)", "> <object data=x>\n> - <embed src=y>", "&lt;script&gt; &#60;b&#62;",
-    "<form action=//evil.test><input autofocus onfocus=hacked=1>", "\u202e<script>\u0000hacked=1</script>", "[x]( javascript:hacked=1 )",
-]  # fmt: skip
+    "<script>window.hacked = 1</script>",
+    "<img src=x onerror='window.hacked=1'>",
+    "[x](javascript:window.hacked=1)",
+    "[x](JaVaScRiPt:window.hacked=1)",
+    "[x]( javascript:hacked=1 )",
+    "[x](data:text/html,<script>window.hacked=1</script>)",
+    "![x](https://evil.test/p.png)",
+    "<iframe srcdoc='<script>parent.hacked=1</script>'></iframe>",
+    "`<b onclick=hacked=1>`",
+    "```<svg onload=hacked=1>\n</code></pre><script>hacked=1</script>\n```",
+    "| <img src=x onerror=hacked=1> | b |\n|--|--|\n| <script>hacked=1</script> | [y](vbscript:x) |",
+    "# <style>*{display:none}</style>",
+    "<a href='javascript:hacked=1'>x</a>",
+    '[x](https://a.test/" onmouseover="hacked=1)',
+    'https://a.test/"onclick=hacked=1',
+    "[![x](javascript:hacked=1)](javascript:hacked=1)",
+    "> <object data=x>\n> - <embed src=y>",
+    "&lt;script&gt; &#60;b&#62;",
+    "<form action=//evil.test><input autofocus onfocus=hacked=1>",
+    "\u202e<script>\u0000hacked=1</script>",
+]
 
 
 class Scripted:
@@ -80,7 +93,9 @@ class Scripted:
     def submit(self, prompt: list[int], sampling: Sampling) -> Any:
         self.asked.append((self.tokenizer.decode(prompt), sampling))
         ids = deque(self.tokenizer.encode(self.says.popleft() if self.says else "Yes."))
-        self.live.append(SimpleNamespace(ids=ids, text=TextStream(self.tokenizer), reused=0, sampling=sampling, count=0))
+        self.live.append(
+            SimpleNamespace(ids=ids, text=TextStream(self.tokenizer), reused=0, sampling=sampling, count=0)
+        )
         return self.live[-1]
 
     def cancel(self, request: Any) -> None:
@@ -173,10 +188,13 @@ def test_nothing_comes_from_elsewhere_and_no_text_becomes_html() -> None:
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on") or name == "style"]
     assert len(page.ids) == len(set(page.ids))
     scripts = "".join(text for name, text in sources.items() if name.endswith(".js"))
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function|DOMParser|srcdoc", scripts)
-    assert set(re.findall(r"getElementById\(|at\(\"([\w-]+)\"\)", scripts)) - {""} <= set(page.ids)
+    dangerous = r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|new Function|DOMParser|srcdoc"
+    assert not re.search(dangerous, scripts)
+    named = set(re.findall(r"\bat\(\"([\w-]+)\"\)", scripts))
+    assert len(named) > 20 and named <= set(page.ids)
     assert not re.search(r"url\(|@import|https?:", sources["chat.css"])
-    assert set(re.findall(r"https?://[\w.]+", scripts)) <= {"http://www.w3.org"}  # the name of SVG, which nothing fetches
+    # the name of SVG, which nothing fetches
+    assert set(re.findall(r"https?://[\w.]+", scripts)) <= {"http://www.w3.org"}
 
 
 # ---------------------------------------------------------------- a conversation
@@ -261,7 +279,8 @@ def test_again_and_copy(tab: Tab, engine: Scripted) -> None:
 
 def test_enter_ends_a_composition_first(tab: Tab, engine: Scripted) -> None:
     """Enter chooses what an input method of Korean, Japanese or Chinese offers; it does not send half a word."""
-    tab.run("document.getElementById('text').value = '이자'; document.getElementById('text').dispatchEvent(new Event('input'))")
+    tab.run("document.getElementById('text').focus()")
+    tab.type("이자")
     tab.run("""document.getElementById('text').dispatchEvent(
         new KeyboardEvent('keydown', {key: 'Enter', isComposing: true, bubbles: true}))""")
     assert tab.run("document.querySelectorAll('.turn').length") == 0
@@ -350,7 +369,7 @@ def test_no_text_of_a_model_runs_or_loads_anything(tab: Tab, engine: Scripted) -
     answered(tab, 1)
     say(tab, EVIL[1])
     answered(tab, 2)
-    bad = f"""[...document.querySelectorAll('#log *')].filter((e) =>
+    bad = """[...document.querySelectorAll('#log *')].filter((e) =>
         /^(SCRIPT|IFRAME|IMG|OBJECT|EMBED|STYLE|LINK|FORM|INPUT|BASE|META|TEXTAREA)$/i.test(e.nodeName)
         || [...e.attributes].some((a) => a.name.startsWith('on') || a.name === 'style'
                                          || /^\\s*(javascript|data|vbscript):/i.test(a.value))).length"""
@@ -374,7 +393,8 @@ def test_control_the_policy_stops_what_the_page_would_let_through(tab: Tab) -> N
 @pytest.mark.parametrize(
     ("text", "html"),
     [
-        ("a *b* **c** _d_ __e__ ~~f~~", "<p>a <em>b</em> <strong>c</strong> <em>d</em> <strong>e</strong> <del>f</del></p>"),
+        ("a *b* **c** _d_", "<p>a <em>b</em> <strong>c</strong> <em>d</em></p>"),
+        ("__e__ ~~f~~", "<p><strong>e</strong> <del>f</del></p>"),
         ("snake_case_name 2*3*4 a * b", "<p>snake_case_name 2<em>3</em>4 a * b</p>"),
         ("**한국어**를 **日本語**で", "<p><strong>한국어</strong>를 <strong>日本語</strong>で</p>"),
         ("`a*b*` ``x`y``", "<p><code>a*b*</code> <code>x`y</code></p>"), ("\\*a\\* \\", "<p>*a* \\</p>"),
@@ -383,8 +403,8 @@ def test_control_the_policy_stops_what_the_page_would_let_through(tab: Tab) -> N
         ("3. a\n4. b", '<ol start="3"><li>a</li><li>b</li></ol>'), ("---", "<hr>"), ("**open", "<p>**open</p>"),
         ("> a\n> > b", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote>"),
         ("<b>x</b> &amp;", "<p>&lt;b&gt;x&lt;/b&gt; &amp;amp;</p>"), ("[a](mailto:x@y.z", "<p>[a](mailto:x@y.z</p>"),
-        ("see https://a.b/c_d_(e). end",
-         '<p>see <a href="https://a.b/c_d_(e" target="_blank" rel="noopener noreferrer nofollow">https://a.b/c_d_(e</a>). end</p>'),
+        ("(https://a.b/c_d_e).",
+         '<p>(<a href="https://a.b/c_d_e" target="_blank" rel="noopener noreferrer nofollow">https://a.b/c_d_e</a>).</p>'),
         ("", ""), ("a | b\nnot a table", "<p>a | b<br>not a table</p>"),
     ],
 )  # fmt: skip
@@ -414,7 +434,8 @@ def test_the_page_reads_events_wherever_they_are_cut(tab: Tab) -> None:
     rng = random.Random(0)
     cuts = [*([k] for k in range(len(stream))), *(sorted(rng.choices(range(len(stream)), k=50)) for _ in range(100))]
     script = """import('/api.js').then(({EventReader}) => { const bytes = new Uint8Array(BYTES); const all = new Set();
-        for (const cut of CUTS) { const reader = new EventReader(); let found = []; const places = [0, ...cut, bytes.length];
+        for (const cut of CUTS) {
+          const reader = new EventReader(), found = [], places = [0, ...cut, bytes.length];
           for (let i = 0; i + 1 < places.length; i++) found.push(...reader.push(bytes.slice(places[i], places[i + 1])));
           all.add(JSON.stringify(found)); }
         return [...all]; })"""
