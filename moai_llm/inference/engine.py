@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -223,7 +224,8 @@ class Engine:
             if found is not None:
                 self._cache.put(row, found[0], found[1])
                 request.fed = request.reused = found[1]
-            parting = self._store.parting(request.prompt, [other.prompt for other in self._waiting])
+            next_ones = [other.prompt for other in islice(self._waiting, 2 * self.max_batch)]
+            parting = self._store.parting(request.prompt, next_ones)
             request.marks = [parting] if parting > request.fed else []
         self.counters.prompt_tokens += len(request.prompt)
         self.counters.reused_tokens += request.reused
@@ -318,10 +320,10 @@ class Engine:
     def _finish(self, request: Request, event: Event) -> Event:
         """Take a request out of wherever it is, and keep the rows together."""
         request.finished = event.finished
-        if request in self._waiting:
+        end = len(self._running)
+        if request is not self._prefilling and request not in self._running:
             self._waiting.remove(request)
             return event
-        end = len(self._running)
         row = end if request is self._prefilling else self._running.index(request)
         self._keep(request, row, [*request.prompt, *request.tokens][: request.fed])
         if request is self._prefilling:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from moai_llm.inference.engine import Engine, Request
 from moai_llm.inference.load import TextModel
 from moai_llm.inference.sampling import Sampling
+from moai_llm.runtime import MoaiError
 
 
 @dataclass
@@ -58,7 +59,10 @@ def stream_generated(
             own = sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + sample)
             if own.logprobs is not None:
                 answer.logprobs, answer.top = [], []
-            waiting[engine.submit(encoded[i], own)] = (i, answer)
+            try:
+                waiting[engine.submit(encoded[i], own)] = (i, answer)
+            except MoaiError as error:
+                raise MoaiError(f"prompt {i + 1}: {error}" if len(prompts) > 1 else str(error)) from None
         done[i] = answers
     left = {i: samples for i in done}
     while engine.busy:

@@ -197,7 +197,7 @@ def _typical(values: Tensor, mass: Tensor) -> Tensor:
     logp = values.log_softmax(-1)
     p = logp.exp()
     entropy = -(p * logp).nan_to_num(0.0).sum(-1, keepdim=True)
-    order = (-logp - entropy).abs().sort(dim=-1, stable=True).indices
+    order = (-logp - entropy).abs().sort(stable=True, dim=-1).indices
     ordered = p.gather(-1, order)
     leave = ordered.cumsum(-1) - ordered >= mass
     leave[:, 0] = False

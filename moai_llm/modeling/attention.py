@@ -71,10 +71,11 @@ class Attention(nn.Module):
         return not torch.is_grad_enabled() and plain(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
 
     def _step_weights(self) -> AttentionWeights:
-        projections = (self.q_proj, self.k_proj, self.v_proj, self.o_proj)
+        q, k, v, o = self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        q_norm, k_norm = getattr(self.q_norm, "weight", None), getattr(self.k_norm, "weight", None)
         return AttentionWeights(
-            self.head_dim, self.config.rms_norm_eps, *(p.weight for p in projections), *(p.bias for p in projections),
-            getattr(self.q_norm, "weight", None), getattr(self.k_norm, "weight", None),
+            self.head_dim, self.config.rms_norm_eps, q.weight, k.weight, v.weight, o.weight,
+            q.bias, k.bias, v.bias, o.bias, q_norm, k_norm,
         )  # fmt: skip
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, seq_idx: Tensor | None) -> Tensor:

@@ -84,12 +84,13 @@ class MoE(nn.Module):
         return y, router_sums(ids, probabilities, logits, token_mask)
 
     def step(self, x: Tensor) -> Tensor:
-        """The same without what the router reports, which costs as much as a small expert."""
+        """`forward` in decoding: the same without what the router reports, which costs as much as a small expert."""
         return self._mix(x, None)[0]
 
     def _mix(self, x: Tensor, key: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
         flat = x.reshape(-1, x.shape[-1])
-        routed = weights, ids, _, _ = self.router(flat, key)
+        routed: tuple[Tensor, Tensor, Tensor, Tensor] = self.router(flat, key)
+        weights, ids = routed[:2]
         experts = Experts(self.up_proj, self.down_proj, self.up_bias, self.down_bias, self.gated)
         if type(self.up_proj) is nn.Parameter and takes(flat, self.up_proj, self.act_name):
             y = experts_step(flat, ids, weights, experts, self.act_name)

@@ -204,7 +204,8 @@ class SlotCache:
         layer = self.layers[layer_idx]
         layer.reserve(x.new_empty(0), weights.k.shape[0] // weights.size, weights.size, 1)
         lengths = self.lengths[self.first : self.first + self.count]
-        return attention_step(x, *layer.rows(), lengths, rope, window, weights)
+        keys, values = layer.rows()
+        return attention_step(x, keys, values, lengths, rope, window, weights)
 
     def advance(self, length: int) -> None:
         """The selected rows have got so many tokens more."""

@@ -71,19 +71,22 @@ def attention_step_native(
 def _check(random: native.Random) -> None:
     b, width, heads, shared, size, capacity = 2, 21, 6, 3, 10, 7
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        shapes = ((heads * size, width), (shared * size, width), (shared * size, width), (width, heads * size))
-        biases = (heads * size, shared * size, shared * size, width)
+
+        def some(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return random(*shape).to(dtype)
+
+        q, inner = heads * size, shared * size
         weights = AttentionWeights(
-            size, 1e-6, *(random(*shape).to(dtype) for shape in shapes), *(random(n).to(dtype) for n in biases),
-            1 + random(size).to(dtype), 1 + random(size).to(dtype),
+            size, 1e-6, some(q, width), some(inner, width), some(inner, width), some(width, q),
+            some(q), some(inner), some(inner), some(width), 1 + some(size), 1 + some(size),
         )  # fmt: skip
         angles = 3 * random(b, 1, 3)
-        x, rope = random(b, width).to(dtype), (angles.cos(), angles.sin())
-        mine = [random(b, shared, capacity, size).to(dtype) for _ in range(2)]
-        theirs = [t.clone() for t in mine]
-        got = [attention_step_native(x, *mine, [5, 2], rope, 4, weights), *mine]
-        truth = [attention_step_reference(x, *theirs, [5, 2], rope, 4, weights), *theirs]
-        for result, wanted in zip(got, truth):
+        x, rope = some(b, width), (angles.cos(), angles.sin())
+        keys, values = some(b, shared, capacity, size), some(b, shared, capacity, size)
+        k, v = keys.clone(), values.clone()
+        got = attention_step_native(x, keys, values, [5, 2], rope, 4, weights)
+        truth = attention_step_reference(x, k, v, [5, 2], rope, 4, weights)
+        for result, wanted in ((got, truth), (keys, k), (values, v)):
             native.require_close(result, wanted, tolerance)
 
 

@@ -7,6 +7,7 @@ form, `native` one C++ function.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from moai_llm.ops.dispatch import Implementation, define
 from moai_llm.ops.moe import Experts, experts_reference
 
 MOST_ROWS = 64  # with more, the products of the library are as fast
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
