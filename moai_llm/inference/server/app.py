@@ -92,7 +92,8 @@ def build_app(service: Service) -> FastAPI:
 
     model = {
         "id": options.name, "object": "model", "created": int(time.time()), "owned_by": "moai-llm",
-        "context": service.context, "chat": service.can_chat, "max_new_tokens": options.max_new_tokens,
+        "context": service.context, "chat": service.can_chat,
+        "embeddings": service.embed is not None, "max_new_tokens": options.max_new_tokens,
     }  # fmt: skip
 
     @app.get("/v1/models")
@@ -135,7 +136,11 @@ async def embed(service: Service, wanted: EmbeddingRequest) -> Response:
     if not all(prompts) or longest > service.context:
         what = "an empty text" if not all(prompts) else f"{longest} tokens; the context is {service.context}"
         raise ApiError(400, f"{what} cannot be embedded", param="input")
-    vectors = [list(vector) for vector in await service.worker.call(lambda: run(prompts))]
+    # what is text already stays as it is
+    texts = [wanted.input] if isinstance(wanted.input, str) else wanted.input
+    if not isinstance(texts[0], str):
+        texts = [service.tokenizer.decode(prompt) for prompt in prompts]
+    vectors = [list(map(float, vector)) for vector in await service.worker.call(lambda: run(texts))]
     if wanted.dimensions is not None:
         if wanted.dimensions > len(vectors[0]):
             raise ApiError(400, f"embeddings have {len(vectors[0])} dimensions", param="dimensions")

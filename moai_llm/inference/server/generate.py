@@ -29,6 +29,7 @@ COLDEST = 1e-3  # below it, dividing by the temperature leaves one token anyway,
 async def complete(service: Service, request: Request, wanted: CompletionRequest) -> Response:
     """/v1/completions: one text or several, or their ids."""
     service.check_model(wanted.model)
+    service.check_generates()
     prompts = await service.prompts(wanted.prompt, "prompt")
     n, echo = wanted.n or 1, bool(wanted.echo)
     if wanted.max_tokens == 0 and not echo:
@@ -48,6 +49,7 @@ async def complete(service: Service, request: Request, wanted: CompletionRequest
 async def chat(service: Service, request: Request, wanted: ChatRequest) -> Response:
     """/v1/chat/completions."""
     service.check_model(wanted.model)
+    service.check_generates()
     if not service.can_chat:
         raise ApiError(
             400, f"{service.options.name} has no chat template: use /v1/completions", code="no_chat_template"
@@ -91,7 +93,7 @@ async def _front(service: Service, prompt: list[int], tops: int | None) -> tuple
     text = service.tokenizer.decode(prompt)
     if tops is None:
         return text, []
-    scored = await service.worker.call(lambda: prompt_logprobs(service.text_model, prompt, tops))
+    scored = await service.worker.call(lambda: prompt_logprobs(service.model, prompt, tops))
     known: list[tuple[float | None, list[tuple[int, float]]]] = [(None, []), *scored]
     decoder, tokens, place = codecs.getincrementaldecoder("utf-8")("replace"), [], 0
     for token, (logprob, top) in zip(prompt, known):

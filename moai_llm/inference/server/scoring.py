@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from moai_llm.inference.load import TextModel
 from moai_llm.modeling.model import new_cache
 
 CHUNK = 256  # positions whose logits are in memory at a time
@@ -15,8 +14,12 @@ Scored = tuple[float, list[tuple[int, float]]]
 
 
 @torch.inference_mode()
-def prompt_logprobs(text_model: TextModel, prompt: list[int], top: int) -> list[Scored]:
-    """(log-probability, the `top` likeliest tokens with theirs) of each token but the first."""
+def prompt_logprobs(text_model: Any, prompt: list[int], top: int) -> list[Scored]:
+    """(log-probability, the `top` likeliest tokens with theirs) of each token of a prompt but the first.
+
+    Args:
+        text_model: a `TextModel`.
+    """
     model: Any = text_model.model
     vocabulary, cache = text_model.tokenizer.vocab_size, new_cache(model.config)
     scored: list[Scored] = []

@@ -6,35 +6,50 @@ import asyncio
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from moai_llm.inference.engine import Engine
 from moai_llm.inference.load import TextModel
 from moai_llm.inference.server.errors import ApiError, stopping
 from moai_llm.inference.server.metrics import Metrics
 from moai_llm.inference.server.options import Options
-from moai_llm.inference.server.worker import Worker
+from moai_llm.inference.server.worker import Idle, Worker
 from moai_llm.runtime import MoaiError
+from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.chat import can_chat, render
 
 T = TypeVar("T")
 SHORT = 2000  # characters that are tokenised without a detour through a thread
-Embed = Callable[[Sequence[list[int]]], Sequence[Sequence[float]]]
+Embed = Callable[[list[str]], Sequence[Sequence[float]]]
+
+
+class Model(Protocol):
+    """What every request needs of a model; a `TextModel`, or one that makes vectors."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def context(self) -> int: ...
 
 
 class Service:
     """
     Args:
-        text_model: None where the server only embeds.
-        embed: prompts to vectors, run in the thread of the model; None for a model that has no embeddings.
+        model: continues text if it is a `TextModel`; another only embeds.
+        embed: texts to vectors, run in the thread of the model; None for a model that makes none.
         engine: the engine's further options.
     """
 
-    def __init__(self, text_model: TextModel, options: Options, *, embed: Embed | None = None, **engine: Any) -> None:
-        self.text_model, self.options, self.embed = text_model, options, embed
-        self.tokenizer, self.context = text_model.tokenizer, text_model.context
-        self.can_chat = can_chat(self.tokenizer)
-        self.worker = Worker(lambda: Engine(text_model, max_batch=options.max_batch, **engine))
+    def __init__(self, model: Model, options: Options, *, embed: Embed | None = None, **engine: Any) -> None:
+        self.model, self.options, self.embed = model, options, embed
+        self.tokenizer, self.context = model.tokenizer, model.context
+        self.generates = isinstance(model, TextModel)
+        self.can_chat = self.generates and can_chat(self.tokenizer)
+        if isinstance(model, TextModel):
+            self.worker = Worker(lambda: Engine(model, max_batch=options.max_batch, **engine))
+        else:
+            self.worker = Worker(Idle)
         self.metrics = Metrics()
         self.active = 0  # answers that run or wait
         self.runs: set[Callable[[ApiError], None]] = set()  # how to end each request that is not over
@@ -114,6 +129,11 @@ class Service:
             last = self.tokenizer.vocab_size - 1
             raise ApiError(400, f"{field} holds the token {max(prompt)}; the last one is {last}", param=field)
         return prompt
+
+    def check_generates(self) -> None:
+        if not self.generates:
+            what = f"{self.options.name} makes embeddings and continues no text: use /v1/embeddings"
+            raise ApiError(400, what, param="model", code="no_generation")
 
     def check_model(self, name: str | None) -> None:
         if name is not None and name != self.options.name:

@@ -8,17 +8,53 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from types import SimpleNamespace
+from typing import Any, Protocol, TypeVar
 
-from moai_llm.inference.engine import Engine, Event
+from moai_llm.inference.engine import Event
 from moai_llm.inference.sampling import Sampling
-from moai_llm.runtime import logger
+from moai_llm.runtime import MoaiError, logger
 
 T = TypeVar("T")
 # an event of the engine, why there is none, or None: the engine has taken the prompt
 News = Event | BaseException | None
 Deliver = Callable[[News], None]
 FAILURES = 3  # steps that fail one after the other, after which the server calls itself ill
+
+
+class Steps(Protocol):
+    """What the thread needs of an engine."""
+
+    counters: Any
+
+    @property
+    def busy(self) -> bool: ...
+
+    @property
+    def running(self) -> int: ...
+
+    def submit(self, prompt: list[int], sampling: Sampling) -> Any: ...
+
+    def cancel(self, request: Any) -> None: ...
+
+    def step(self) -> list[Event]: ...
+
+
+class Idle:
+    """The engine of a model that continues no text."""
+
+    busy, running = False, 0
+
+    def __init__(self) -> None:
+        self.counters = SimpleNamespace()
+
+    def submit(self, prompt: list[int], sampling: Sampling) -> Any:
+        raise MoaiError("this model continues no text")
+
+    def cancel(self, request: Any) -> None: ...
+
+    def step(self) -> list[Event]:
+        return []
 
 
 class Ticket:
@@ -36,7 +72,7 @@ class Worker:
         make_engine: called now, and in the thread after a step that failed.
     """
 
-    def __init__(self, make_engine: Callable[[], Engine]) -> None:
+    def __init__(self, make_engine: Callable[[], Steps]) -> None:
         self._make_engine = make_engine
         self._engine = make_engine()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -45,7 +81,7 @@ class Worker:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
         self.failures = 0
-        self.running = self.waiting = 0
+        self.running = 0
         self.counters: dict[str, int | float] = {}
 
     # ---------------------------------------------------------------- for the event loop
@@ -159,7 +195,7 @@ class Worker:
             self._loop.call_soon_threadsafe(_deliver, out)
 
     def _count(self) -> None:
-        self.running, self.waiting = self._engine.running, self._engine.waiting
+        self.running = self._engine.running
         self.counters = dict(vars(self._engine.counters))
 
 

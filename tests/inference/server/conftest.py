@@ -102,7 +102,7 @@ def text_model() -> TextModel:
 
 @contextmanager
 def serving(
-    text_model: TextModel, *, embed: Any = None, engine: dict[str, Any] | None = None, **options: Any
+    text_model: Any, *, embed: Any = None, engine: dict[str, Any] | None = None, **options: Any
 ) -> Iterator[Served]:
     service = Service(
         text_model, Options(**{"name": "tiny", "port": 0, "grace": 1.0, **options}), embed=embed, **(engine or {})

@@ -9,6 +9,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -133,7 +134,7 @@ def test_log_probabilities_and_echo(served: Served, text_model: TextModel) -> No
 
 
 def _ids_of(served: Served, prompt: list[int], count: int) -> list[int]:
-    return list(Session(served.service.text_model).stream(prompt, Sampling(count, temperature=0)))
+    return list(Session(served.service.model).stream(prompt, Sampling(count, temperature=0)))
 
 
 def test_streams_are_the_whole_answer_in_pieces(served: Served) -> None:
@@ -410,11 +411,14 @@ def test_the_end_is_told_to_those_who_are_cut(text_model: TextModel, monkeypatch
 
 
 def test_embeddings_of_a_model_that_has_them(text_model: TextModel) -> None:
-    def embed(prompts: Any) -> list[list[float]]:
+    def embed(texts: list[str]) -> list[list[float]]:
         assert threading.current_thread().name == "moai-engine"
-        return [[3.0, 4.0, float(len(prompt))] for prompt in prompts]
+        return [[3.0, 4.0, float(len(text_model.tokenizer.encode(text)))] for text in texts]
 
-    with serving(text_model, embed=embed) as server:
+    with serving(SimpleNamespace(tokenizer=text_model.tokenizer, context=200), embed=embed) as server:
+        assert server.ask("GET", "/v1/models").json["data"][0]["embeddings"] is True
+        for path, body in (("completions", {"prompt": "a"}), ("chat/completions", CHAT)):
+            assert server.post(path, body).error["code"] == "no_generation"
         plain = server.post("embeddings", {"input": ["a", "이자"], "model": "tiny"}).json
         assert [item["embedding"][:2] for item in plain["data"]] == [[3.0, 4.0]] * 2
         assert plain["usage"]["prompt_tokens"] == sum(item["embedding"][2] for item in plain["data"])
