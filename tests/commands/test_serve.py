@@ -58,7 +58,7 @@ def check_end(found: list[str], output: str) -> None:
     assert found[-1] == "[DONE]"
     if "error" in last:  # else its answer ended by itself within the grace time
         assert last["error"]["code"] == "server_shutdown"
-    assert "stopping: 1 answer" in output and "Traceback" not in output and "secret" not in output
+    assert "stopping: running answers (1)" in output and "Traceback" not in output and "secret" not in output
     assert "POST /v1/completions 200" in output
 
 

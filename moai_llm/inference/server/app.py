@@ -14,13 +14,13 @@ from typing import Any
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 
 from moai_llm import __version__
 from moai_llm.inference.server import generate
 from moai_llm.inference.server.body import read_request
 from moai_llm.inference.server.errors import ApiError
-from moai_llm.inference.server.guard import Gate, Watch, respond
+from moai_llm.inference.server.guard import LEFT, Gate, Watch, respond
 from moai_llm.inference.server.protocol import (
     OF_CHAT,
     OF_COMPLETIONS,
@@ -30,7 +30,7 @@ from moai_llm.inference.server.protocol import (
     EmbeddingRequest,
 )  # fmt: skip
 from moai_llm.inference.server.service import Service
-from moai_llm.inference.server.sse import to_json
+from moai_llm.inference.server.sse import Gone, to_json
 from moai_llm.pages.html import STYLE
 
 PAGE = Path(__file__).parent / "page"
@@ -46,6 +46,9 @@ FILES = {
 }
 OPEN = frozenset(("/health", *(f"/{name}" for name in FILES)))  # no key is asked for these
 API = frozenset(("/metrics", "/v1/models", "/v1/completions", "/v1/chat/completions", "/v1/embeddings"))
+
+
+MOST_TEXTS = 2048  # to embed in one request, as at OpenAI
 
 
 def build_app(service: Service) -> FastAPI:
@@ -88,7 +91,8 @@ def build_app(service: Service) -> FastAPI:
             "moai_waiting": ("answers that wait for a place", max(0, service.active - worker.running)),
             "moai_up": ("1 while the model answers", float(worker.healthy)),
         }
-        return PlainTextResponse(service.metrics.text(gauges, worker.counters))
+        kind = "text/plain; version=0.0.4; charset=utf-8"  # what Prometheus asks for
+        return Response(service.metrics.text(gauges, worker.counters), media_type=kind)
 
     model = {
         "id": options.name, "object": "model", "created": int(time.time()), "owned_by": "moai-llm",
@@ -118,12 +122,12 @@ def build_app(service: Service) -> FastAPI:
     @app.post("/v1/embeddings")
     async def embeddings(request: Request) -> Response:
         wanted = await read_request(request, EmbeddingRequest, OF_EMBEDDINGS, options.max_body)
-        return await embed(service, wanted)
+        return await embed(service, request, wanted)
 
     return app
 
 
-async def embed(service: Service, wanted: EmbeddingRequest) -> Response:
+async def embed(service: Service, request: Request, wanted: EmbeddingRequest) -> Response:
     """/v1/embeddings, for a model that makes them."""
     service.check_model(wanted.model)
     run = service.embed
@@ -131,7 +135,7 @@ async def embed(service: Service, wanted: EmbeddingRequest) -> Response:
         raise ApiError(
             400, f"{service.options.name} continues text and makes no embeddings", param="model", code="no_embeddings"
         )
-    prompts = await service.prompts(wanted.input, "input")
+    prompts = await service.prompts(wanted.input, "input", MOST_TEXTS)
     longest = max(map(len, prompts))
     if not all(prompts) or longest > service.context:
         what = "an empty text" if not all(prompts) else f"{longest} tokens; the context is {service.context}"
@@ -140,7 +144,7 @@ async def embed(service: Service, wanted: EmbeddingRequest) -> Response:
     texts = [wanted.input] if isinstance(wanted.input, str) else wanted.input
     if not isinstance(texts[0], str):
         texts = [service.tokenizer.decode(prompt) for prompt in prompts]
-    vectors = [list(map(float, vector)) for vector in await service.worker.call(lambda: run(texts))]
+    vectors = [list(map(float, vector)) for vector in await service.with_model(request, lambda: run(texts))]
     if wanted.dimensions is not None:
         if wanted.dimensions > len(vectors[0]):
             raise ApiError(400, f"embeddings have {len(vectors[0])} dimensions", param="dimensions")
@@ -183,6 +187,10 @@ def _say_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def ours(_: Request, error: ApiError) -> Response:
         return respond(error)
+
+    @app.exception_handler(Gone)
+    async def of_nobody(_: Request, __: Exception) -> Response:
+        return Response(status_code=LEFT)
 
     @app.exception_handler(HTTPException)
     async def of_the_router(request: Request, error: HTTPException) -> Response:

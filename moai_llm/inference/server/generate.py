@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import codecs
-from collections.abc import AsyncIterator, Awaitable
-from contextlib import suppress
-from typing import TypeVar
+from collections.abc import AsyncIterator
 
 from fastapi import Request
 from starlette.responses import Response
@@ -14,15 +11,14 @@ from starlette.responses import Response
 from moai_llm.inference.sampling import Sampling
 from moai_llm.inference.server.answers import Answers, Ask
 from moai_llm.inference.server.errors import ApiError
-from moai_llm.inference.server.guard import LEFT
 from moai_llm.inference.server.protocol import INT64, ChatRequest, CompletionRequest, Generation
 from moai_llm.inference.server.scoring import prompt_logprobs
 from moai_llm.inference.server.service import Service
 from moai_llm.inference.server.shapes import ChatShape, CompletionShape, Shape, usage
-from moai_llm.inference.server.sse import ALIVE, DONE, EventStream, event, gone, to_json
+from moai_llm.inference.server.sse import ALIVE, DONE, EventStream, event, to_json, unless_gone
 from moai_llm.inference.server.text import LEAST, Token, bytes_of
 
-T = TypeVar("T")
+SLOWLY = 30.0  # seconds a reader may need beyond the time of the answer
 COLDEST = 1e-3  # below it, dividing by the temperature leaves one token anyway, or overflows
 
 
@@ -30,13 +26,13 @@ async def complete(service: Service, request: Request, wanted: CompletionRequest
     """/v1/completions: one text or several, or their ids."""
     service.check_model(wanted.model)
     service.check_generates()
-    prompts = await service.prompts(wanted.prompt, "prompt")
     n, echo = wanted.n or 1, bool(wanted.echo)
+    prompts = await service.prompts(wanted.prompt, "prompt", max(1, service.room // n))
     if wanted.max_tokens == 0 and not echo:
         raise ApiError(400, "max_tokens = 0 gives nothing without echo", param="max_tokens")
     lengths = [service.room_for(prompt, wanted.max_tokens, 16, "prompt") for prompt in prompts]
     shape = CompletionShape(service.tokenizer, service.options.name, wanted.logprobs, wanted.with_usage)
-    fronts = [await _front(service, prompt, wanted.logprobs) if echo else ("", []) for prompt in prompts]
+    fronts = [await _front(service, request, prompt, wanted.logprobs) if echo else ("", []) for prompt in prompts]
     fronts = [front for front in fronts for _ in range(n)]
     asks = [
         Ask(prompt, sampling(wanted, length, wanted.logprobs, i))
@@ -88,12 +84,12 @@ def sampling(wanted: Generation, length: int, logprobs: int | None, index: int) 
     )
 
 
-async def _front(service: Service, prompt: list[int], tops: int | None) -> tuple[str, list[Token]]:
+async def _front(service: Service, request: Request, prompt: list[int], tops: int | None) -> tuple[str, list[Token]]:
     """What `echo` puts in front: the text of a prompt, and how likely each of its tokens is where that is wanted."""
     text = service.tokenizer.decode(prompt)
     if tops is None:
         return text, []
-    scored = await service.worker.call(lambda: prompt_logprobs(service.model, prompt, tops))
+    scored = await service.with_model(request, lambda: prompt_logprobs(service.model, prompt, tops))
     known: list[tuple[float | None, list[tuple[int, float]]]] = [(None, []), *scored]
     decoder, tokens, place = codecs.getincrementaldecoder("utf-8")("replace"), [], 0
     for token, (logprob, top) in zip(prompt, known):
@@ -110,12 +106,14 @@ async def _respond(
     answers = Answers(service, asks, shape.tops is not None)
     await answers.start()
     if wanted.stream:
-        return EventStream(_events(answers, shape, fronts, prompt_tokens), answers.close)
+        # nobody holds a place for longer by reading slowly
+        limit = service.options.timeout + SLOWLY
+        return EventStream(_events(answers, shape, fronts, prompt_tokens), answers.close, limit)
     try:
         content = await unless_gone(request, _whole(answers, shape, fronts, prompt_tokens))
     finally:
         answers.close()
-    return Response(content, LEFT if content is None else 200, media_type="application/json")
+    return Response(content, media_type="application/json")
 
 
 async def _whole(answers: Answers, shape: Shape, fronts: list[tuple[str, list[Token]]], prompt_tokens: int) -> bytes:
@@ -160,17 +158,3 @@ async def _events(
 
 def _after(front: str, tokens: list[Token]) -> list[Token]:
     return [token._replace(start=token.start + len(front)) for token in tokens] if front else tokens
-
-
-async def unless_gone(request: Request, work: Awaitable[T]) -> T | None:
-    """What the work gives; None, and the work is stopped, where the client leaves before."""
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(request.receive))
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        return working.result() if working.done() else None
-    finally:
-        for task in (working, leaving):
-            if not task.done():
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task

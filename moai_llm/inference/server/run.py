@@ -60,8 +60,8 @@ class Server(uvicorn.Server):
         self._loop = loop
         service.drain()
         if service.active:
-            grace = service.options.grace
-            print(f"stopping: {service.active} answers have {grace:g} s to end; Ctrl-C again cuts them", flush=True)
+            time = f"{service.options.grace:g} s to end; Ctrl-C again cuts them"
+            print(f"stopping: running answers ({service.active}) have {time}", flush=True)
         cutting = loop.call_later(service.options.grace, service.cut)
         await super().shutdown(sockets)
         cutting.cancel()

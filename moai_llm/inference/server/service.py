@@ -8,11 +8,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
+from fastapi import Request
+
 from moai_llm.inference.engine import Engine
 from moai_llm.inference.load import TextModel
 from moai_llm.inference.server.errors import ApiError, stopping
 from moai_llm.inference.server.metrics import Metrics
 from moai_llm.inference.server.options import Options
+from moai_llm.inference.server.sse import unless_gone
 from moai_llm.inference.server.worker import Idle, Worker
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
@@ -58,6 +61,11 @@ class Service:
 
     # ---------------------------------------------------------------- places
 
+    @property
+    def room(self) -> int:
+        """Answers that may run and wait."""
+        return self.options.max_batch + self.options.max_queue
+
     def enter(self, count: int) -> None:
         """Take places for so many answers.
 
@@ -69,10 +77,10 @@ class Service:
             raise stopping()
         if not self.worker.healthy:
             raise ApiError(503, "the model fails; see the server's log", code="model_failed")
-        room = self.options.max_batch + self.options.max_queue
-        if count > room:
-            raise ApiError(400, f"{count} answers are asked for, and this server holds {room} at a time", param="n")
-        if self.active + count > room:
+        if count > self.room:
+            what = f"{count} answers are asked for, and this server holds {self.room} at a time"
+            raise ApiError(400, what, param="n")
+        if self.active + count > self.room:
             self.metrics.refused += 1
             seconds = str(self.seconds_until_room())
             raise ApiError(
@@ -83,6 +91,22 @@ class Service:
 
     def leave(self, count: int) -> None:
         self.active -= count
+
+    async def with_model(self, request: Request, work: Callable[[], T]) -> T:
+        """Run something that is no answer in the thread of the model. It takes a place, as an answer does.
+
+        Raises:
+            ApiError: there is no place, or no result in time.
+            Gone: the client left before.
+        """
+        self.enter(1)
+        try:
+            return await asyncio.wait_for(unless_gone(request, self.worker.call(work)), self.options.timeout)
+        except asyncio.TimeoutError:
+            what = f"not done within {self.options.timeout:g} s"
+            raise ApiError(503, what, code="timeout", headers={"Retry-After": str(self.seconds_until_room())}) from None
+        finally:
+            self.leave(1)
 
     def seconds_until_room(self) -> int:
         """A guess: the mean time of an answer, shared by those that run together."""
@@ -106,20 +130,24 @@ class Service:
             raise ApiError(400, str(error)) from None
 
     async def conversation(self, messages: list[dict[str, Any]]) -> list[int]:
-        size = sum(len(message["content"] or "") for message in messages)
+        size = sum(len(message["content"] or "") + 20 for message in messages)
         rendered = await self.off_loop(lambda: render(self.tokenizer, messages, add_generation_prompt=True), size)
         return rendered.ids
 
-    async def prompts(self, given: str | list[int] | list[str] | list[list[int]], field: str) -> list[list[int]]:
+    async def prompts(
+        self, given: str | list[int] | list[str] | list[list[int]], field: str, most: int
+    ) -> list[list[int]]:
         """One prompt or several, each as text or as ids, to ids.
 
         Raises:
-            ApiError: there is none, or an id that is no token.
+            ApiError: there is none, there are more than `most`, or an id is no token.
         """
         several = isinstance(given, list) and bool(given) and not isinstance(given[0], int)
         texts: list[Any] = list(given) if several else [given]
         if not given:
             raise ApiError(400, f"{field} is empty: give the model something to read", param=field)
+        if len(texts) > most:
+            raise ApiError(400, f"{len(texts)} prompts, and this server takes {most} at a time", param=field)
         return [await self._ids(text, field) for text in texts]
 
     async def _ids(self, prompt: str | list[int], field: str) -> list[int]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
+from fastapi import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+T = TypeVar("T")
 DONE = b"data: [DONE]\n\n"
 ALIVE = b": still here\n\n"  # a comment: keeps proxies from closing a stream that waits in the queue
 
@@ -58,29 +60,26 @@ class EventStream(Response):
 
     Args:
         close: called at the end, however it comes, also when nothing was ever read.
+        limit: seconds after which the reader is left behind.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, pieces: AsyncIterator[bytes], close: Callable[[], None]) -> None:
+    def __init__(self, pieces: AsyncIterator[bytes], close: Callable[[], None], limit: float) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self.pieces, self.close = pieces, close
+        self.pieces, self.close, self.limit = pieces, close, limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writing = asyncio.ensure_future(self._write(send))
         leaving = asyncio.ensure_future(gone(receive))
         try:
-            await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({writing, leaving}, timeout=self.limit, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (writing, leaving):
-                if not task.done():
-                    task.cancel()
-                    with suppress(asyncio.CancelledError):
-                        await task
+            await _stop(writing, leaving)
             self.close()
-        if not writing.cancelled() and writing.exception() is not None:
-            raise writing.exception()  # type: ignore[misc]
+        if not writing.cancelled() and (error := writing.exception()) is not None:
+            raise error
 
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
@@ -93,3 +92,31 @@ async def gone(receive: Receive) -> None:
     """Returns when the client has left."""
     while (await receive())["type"] != "http.disconnect":
         pass
+
+
+class Gone(Exception):
+    """The client has left: there is nobody to answer."""
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What the work gives.
+
+    Raises:
+        Gone: the client has left before; the work has been stopped.
+    """
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone(request.receive))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise Gone
+        return working.result()
+    finally:
+        await _stop(working, leaving)
+
+
+async def _stop(*tasks: asyncio.Future[Any]) -> None:
+    for task in tasks:
+        if not task.done():
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task

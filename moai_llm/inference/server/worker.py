@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Protocol, TypeVar
@@ -19,7 +20,7 @@ T = TypeVar("T")
 # an event of the engine, why there is none, or None: the engine has taken the prompt
 News = Event | BaseException | None
 Deliver = Callable[[News], None]
-FAILURES = 3  # steps that fail one after the other, after which the server calls itself ill
+FAILURES, REST = 3, 10.0  # after so many steps that failed one after the other nothing is taken for so many seconds
 
 
 class Steps(Protocol):
@@ -80,7 +81,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="moai-engine", daemon=True)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._closed = False
-        self.failures = 0
+        self.failures, self._failed = 0, 0.0
         self.running = 0
         self.counters: dict[str, int | float] = {}
 
@@ -92,7 +93,8 @@ class Worker:
 
     @property
     def healthy(self) -> bool:
-        return self._thread.is_alive() and self.failures < FAILURES
+        resting = self.failures >= FAILURES and time.monotonic() < self._failed + REST
+        return self._thread.is_alive() and not resting
 
     def submit(self, prompt: list[int], sampling: Sampling, deliver: Deliver) -> Ticket:
         ticket = Ticket(prompt, sampling, deliver)
@@ -158,7 +160,7 @@ class Worker:
             events = self._engine.step()
         except Exception as error:  # whatever a model can do; the server outlives it
             logger.exception("the model failed; its answers end, and the engine is made anew")
-            self.failures += 1
+            self.failures, self._failed = self.failures + 1, time.monotonic()
             lost, self._tickets = list(self._tickets.values()), {}
             self._post([(ticket, error) for ticket in lost])
             self._engine = self._make_engine()

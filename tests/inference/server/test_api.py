@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import socket
@@ -16,7 +17,8 @@ import pytest
 
 from moai_llm.inference.load import TextModel
 from moai_llm.inference.sampling import Sampling
-from moai_llm.inference.server.sse import EventReader
+from moai_llm.inference.server import answers, generate
+from moai_llm.inference.server.sse import EventReader, EventStream
 from moai_llm.inference.session import Session, stream_text
 from moai_llm.tokenizer.chat import render
 from tests.inference.server.conftest import Served, serving
@@ -284,6 +286,36 @@ def test_a_full_queue_says_when_to_come_back(narrow: Served, monkeypatch: pytest
     assert narrow.post("completions", {**LONG, "max_tokens": 2}, **KEY).status == 200
 
 
+def test_scoring_and_embedding_take_places_too(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(served.service, "active", served.service.room)
+    for fields in ({"max_tokens": 0, "echo": True, "logprobs": 1}, {"max_tokens": 1}):
+        assert served.post("completions", {"prompt": "a", **fields}).status == 429
+    monkeypatch.setattr(served.service, "embed", lambda texts: [[1.0]])
+    assert served.post("embeddings", {"input": "a"}).status == 429
+    monkeypatch.setattr(served.service, "active", 0)
+    assert served.post("embeddings", {"input": "a"}).status == 200
+    many = served.post("embeddings", {"input": ["a"] * 2049})
+    assert many.status == 400 and "2048 at a time" in many.error["message"]
+
+
+def test_a_stream_that_waits_says_that_it_lives(narrow: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "PULSE", 0.02)
+    slowly(narrow, monkeypatch, 0.1)
+    stream = open_stream(narrow, {**LONG, "max_tokens": 3}, **KEY)
+    content = _read(stream)
+    assert content.count(b": still here\n\n") > 2 and EventReader().push(content)[-1] == "[DONE]"
+
+
+def test_a_reader_that_does_not_read_is_left_behind(text_model: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "SLOWLY", 0.0)
+    with serving(text_model, timeout=0.4) as server:
+        monkeypatch.setattr(EventStream, "_write", lambda self, send: asyncio.sleep(60))  # as where no byte goes out
+        stream = open_stream(server, LONG)
+        server.wait_until(lambda: server.service.active == 1)
+        server.idle()
+        stream.close()
+
+
 @pytest.mark.parametrize("when", ["running", "waiting", "whole"])
 def test_a_client_that_leaves_frees_its_place(narrow: Served, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
     slowly(narrow, monkeypatch)
@@ -349,7 +381,9 @@ def test_health_and_metrics(served: Served) -> None:
     served.complete()
     health = served.ask("GET", "/health")
     assert health.status == 200 and health.json == {"status": "ok", "model": "tiny", "running": 0, "waiting": 0}
-    text = served.ask("GET", "/metrics").body.decode()
+    metrics = served.ask("GET", "/metrics")
+    assert metrics.headers["content-type"].startswith("text/plain; version=0.0.4")
+    text = metrics.body.decode()
     values = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if not line.startswith("#")}
     assert values["moai_up"] == 1 and values["moai_generated_tokens_total"] > 0
     assert values["moai_time_to_first_token_seconds_count"] > 0 and values["moai_answer_seconds_sum"] > 0

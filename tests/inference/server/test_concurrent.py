@@ -89,6 +89,7 @@ def test_requests_join_a_batch_that_runs(served: Served, text_model: TextModel) 
 
         long = asyncio.ensure_future(timed("long", 220))
         while served.service.worker.running == 0:
+            assert not long.done()
             await asyncio.sleep(0.001)
         await asyncio.gather(timed("short", 2), long)
         return ends["short"], ends["long"]
