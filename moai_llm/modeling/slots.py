@@ -24,8 +24,10 @@ KEYS, STATES = ("full_attention", "sliding_attention"), ("linear_attention",)
 
 
 def fits_slots(config: Any) -> bool:
-    """Whether every layer keeps something that a slot can hold; a brick from outside the package may not."""
-    return set(getattr(config, "layer_types", None) or [None]) <= {*KEYS, *STATES}
+    """Whether this is a model of ours whose every layer keeps something that a slot can hold; a brick from outside the
+    package may not.
+    """
+    return isinstance(config, MoaiConfig) and set(config.layer_types or ()) <= {*KEYS, *STATES}
 
 
 @dataclass
