@@ -39,9 +39,7 @@ def run(quick: bool = False) -> list[Table]:
 
 
 def text_model(model: MoaiForCausalLM) -> TextModel:
-    tokenizer: Any = SimpleNamespace(
-        vocab_size=VOCAB, stop_ids=[], token_bytes=lambda _: b"a"
-    )  # no text is needed here
+    tokenizer: Any = SimpleNamespace(vocab_size=VOCAB, stop_ids=[], token_bytes=lambda _: b"a")  # ids in, ids out
     return TextModel(model.eval(), tokenizer, Path())
 
 
