@@ -19,7 +19,7 @@ BENCHMARKS = {
     "data_read": "reading packed rows beside datasets and torch's DataLoader, and the knobs of the loader",
     "data_prepare": "text to tokens on disk beside datasets and datatrove: CPU-seconds, memory, growth",
     "data_packing": "documents into rows: how full, how even, how fast",
-    "decode": "greedy decoding against transformers generate",
+    "decode": "greedy decoding against transformers generate, many clients, guessing ahead",
     "serve": "a server with 16 clients at once against one after the other",
     "data_dedup": "near-duplicates: speed and recall beside datasketch and rensa",
     "optimizers": "bytes of state and time of a step of each optimizer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,9 @@ def _with_adapters(path: Path, device: str, dtype: str) -> TextModel:
         )
     below = load_model(base, device, dtype)
     try:
-        merged = peft.PeftModel.from_pretrained(below.model, str(path)).merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an old name
+            merged = peft.PeftModel.from_pretrained(below.model, str(path)).merge_and_unload()
     except (ValueError, RuntimeError, KeyError) as error:
         raise MoaiError(f"the adapters of {path} do not fit {below.path}: {error}") from None
     return TextModel(merged.eval(), below.tokenizer, path)

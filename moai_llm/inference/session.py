@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
+from moai_llm.config import MoaiConfig
 from moai_llm.inference.engine import Engine
 from moai_llm.inference.load import TextModel
 from moai_llm.inference.sampling import Draw, Sampling, choose
@@ -27,7 +29,7 @@ class Session:
     def __init__(self, text_model: TextModel, cache: Callable[[], Any] | None = None) -> None:
         self.text_model = text_model
         own = cache is None and fits_slots(text_model.model.config)
-        self._make = None if own else cache or (lambda: new_cache(text_model.model.config))
+        self._make = None if own else cache or (lambda: _cache_of(text_model.model.config))
         self.reset()
 
     def reset(self) -> None:
@@ -88,6 +90,10 @@ class Session:
             yield token
             if text.stopped:
                 return
+
+
+def _cache_of(config: Any) -> Any:
+    return new_cache(config) if isinstance(config, MoaiConfig) else DynamicCache(config=config)
 
 
 def stream_text(session: Session, prompt: list[int], sampling: Sampling) -> Iterator[str]:

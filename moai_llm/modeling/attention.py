@@ -48,8 +48,10 @@ class Attention(nn.Module):
         cache: Any = None,
     ) -> Tensor:
         b, l, _ = x_BLD.shape
-        if isinstance(cache, SlotCache) and l == 1 and self._plain():
-            return cache.step(self.layer_idx, x_BLD[:, 0], rope, self.window, self._step_weights())[:, None]
+        if isinstance(cache, SlotCache) and l == 1 and not torch.is_grad_enabled():
+            weights = cache.weights_of(self.layer_idx, self._step_weights)
+            if weights is not None:
+                return cache.step(self.layer_idx, x_BLD[:, 0], rope, self.window, weights)[:, None]
         q = self.q_norm(self.q_proj(x_BLD).view(b, l, -1, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x_BLD).view(b, l, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x_BLD).view(b, l, -1, self.head_dim).transpose(1, 2)
@@ -67,10 +69,10 @@ class Attention(nn.Module):
         y = self._attend(q, k, v, mask, seq_idx)
         return self.o_proj(y.reshape(b, l, -1))
 
-    def _plain(self) -> bool:
-        return not torch.is_grad_enabled() and plain(self.q_proj, self.k_proj, self.v_proj, self.o_proj)
-
-    def _step_weights(self) -> AttentionWeights:
+    def _step_weights(self) -> AttentionWeights | None:
+        """For the op of one position; None where the projections are more than their weights."""
+        if not plain(self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            return None
         q, k, v, o = self.q_proj, self.k_proj, self.v_proj, self.o_proj
         q_norm, k_norm = getattr(self.q_norm, "weight", None), getattr(self.k_norm, "weight", None)
         return AttentionWeights(

@@ -92,8 +92,11 @@ class Mamba(nn.Module):
         else:
             continues = layer is not None and layer.has_previous_state[0]
             before = (layer.conv_states[0], layer.recurrent_states[0]) if continues else None
-        if before is not None and x_BLD.shape[1] == 1 and not getattr(layer, "record_past", False) and self._plain():
-            return mamba_step(x_BLD[:, 0], *before, self._step_weights())[:, None]
+        if before is not None and x_BLD.shape[1] == 1 and not getattr(layer, "record_past", False):
+            find = self._step_weights
+            weights = find() if slots is None else cache.weights_of(self.layer_idx, find)
+            if weights is not None:
+                return mamba_step(x_BLD[:, 0], *before, weights)[:, None]
         u, z = self.in_proj_x(x_BLD), self.in_proj_z(x_BLD)
         past = None if before is None else before[0].transpose(1, 2)[:, 1:]
         inputs = u
@@ -123,10 +126,10 @@ class Mamba(nn.Module):
             return F.pad(tail, (missing, 0))
         return torch.cat([before[0][..., self.kernel - missing :].to(tail.dtype), tail], -1)
 
-    def _plain(self) -> bool:
-        return plain(self.in_proj_x, self.in_proj_z, self.x_proj, self.dt_proj, self.out_proj)
-
-    def _step_weights(self) -> StepWeights:
+    def _step_weights(self) -> StepWeights | None:
+        """For the op of one position; None where the projections are more than their weights, as with an adapter."""
+        if not plain(self.in_proj_x, self.in_proj_z, self.x_proj, self.dt_proj, self.out_proj):
+            return None
         dt_norm, B_norm, C_norm = (getattr(norm, "weight", None) for norm in (self.dt_norm, self.B_norm, self.C_norm))
         return StepWeights(
             self.eps, self.in_proj_x.weight, self.in_proj_z.weight, self.conv_weight, self.conv_bias,

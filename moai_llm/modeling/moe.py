@@ -80,8 +80,8 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, RouterSums]:
         """x (B, L, D); only tokens of `token_mask` (B, L) enter the sums, all are routed."""
         key = None if noise_key is None else noise_key + 7_919 * (self.layer_idx + 1)
-        y, (_, ids, probabilities, logits) = self._mix(x, key)
-        return y, router_sums(ids, probabilities, logits, token_mask)
+        y, routed = self._mix(x, key)
+        return y, router_sums(*routed[1:], token_mask)
 
     def step(self, x: Tensor) -> Tensor:
         """`forward` in decoding: the same without what the router reports, which costs as much as a small expert."""

@@ -10,6 +10,7 @@ A sequence can be cut back to a shorter length where there are only keys. A stat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,10 @@ KEYS, STATES = ("full_attention", "sliding_attention"), ("linear_attention",)
 
 
 def fits_slots(config: Any) -> bool:
-    """Whether every layer keeps something that a slot can hold; a brick from outside the package may not."""
-    return set(getattr(config, "layer_types", None) or [None]) <= {*KEYS, *STATES}
+    """Whether this is a model of ours whose every layer keeps something that a slot can hold; a brick from outside the
+    package may not.
+    """
+    return isinstance(config, MoaiConfig) and set(config.layer_types or ()) <= {*KEYS, *STATES}
 
 
 @dataclass
@@ -151,6 +154,7 @@ class SlotCache:
         self.config, self.slots = config, slots
         self.lengths, self.finals = [0] * slots, [0] * slots
         self.first, self.count = 0, 1
+        self._weights: dict[int, Any] = {}
         kinds = config.layer_types or []
         self.layers: list[Any] = [SlotKeys(self) if kind in KEYS else SlotStates(self) for kind in kinds]
         self.has_states = any(isinstance(layer, SlotStates) for layer in self.layers)
@@ -206,6 +210,14 @@ class SlotCache:
         lengths = self.lengths[self.first : self.first + self.count]
         keys, values = layer.rows()
         return attention_step(x, keys, values, lengths, rope, window, weights)
+
+    def weights_of(self, layer_idx: int, find: Callable[[], Any]) -> Any:
+        """What `find` said when this layer was asked first: to collect the weights of a mixer takes as long as a small
+        product. So a cache must not outlive a change of the model's layers.
+        """
+        if layer_idx not in self._weights:
+            self._weights[layer_idx] = find()
+        return self._weights[layer_idx]
 
     def advance(self, length: int) -> None:
         """The selected rows have got so many tokens more."""
