@@ -31,7 +31,7 @@ SHAPES: dict[str, Callable[[], Any]] = {
 
 
 def run(quick: bool = False) -> list[Table]:
-    tokens, rounds = (4, 1) if quick else (8, 3)
+    tokens, rounds = (4, 1) if quick else (6, 2)
     shapes = list(SHAPES)[-1:] if quick else list(SHAPES)
     with threads(2):
         tables = [against_transformers(shape, tokens, rounds) for shape in shapes]
