@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="a model directory, a run, or adapters")
-    parser.add_argument("--prompt", help="text to continue; - reads it from the standard input")
-    parser.add_argument("--input-file", type=Path, help="prompts: .txt, one a line, or .jsonl with a `prompt` each")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", help="text to continue; - reads it from the standard input")
+    what.add_argument("--input-file", type=Path, help="prompts: .txt, one a line, or .jsonl with a `prompt` each")
+    what.add_argument("--eval-text", metavar="TEXT", help="print the perplexity of this text; - reads it from stdin")
     parser.add_argument("--output-file", type=Path, help="answers to --input-file: .json or .jsonl")
     parser.add_argument("--overwrite", action="store_true", help="begin --output-file again")
-    parser.add_argument("--eval-text", metavar="TEXT", help="print the perplexity of this text; - reads it from stdin")
     parser.add_argument("--num-samples", type=int, default=1, help="continuations of each prompt (default 1)")
     parser.add_argument("--num-beams", type=int, default=1, help="search with so many beams, and draw nothing")
     parser.add_argument("--length-penalty", type=float, default=1.0, help="of beams: above 0 favours long texts")
@@ -71,9 +72,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _require_consistent(arguments: argparse.Namespace) -> None:
-    given = [name for name in ("prompt", "input_file", "eval_text") if getattr(arguments, name) is not None]
-    if len(given) != 1:
-        raise MoaiError("give one of --prompt, --input-file and --eval-text")
     if (arguments.input_file is None) != (arguments.output_file is None):
         raise MoaiError("--input-file and --output-file go together")
     for name, least in (("num_samples", 1), ("num_beams", 1), ("batch_size", 1), ("guesses", 1)):

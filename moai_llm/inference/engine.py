@@ -232,7 +232,7 @@ class Engine:
         return request
 
     def _keep(self, request: Request, row: int, tokens: list[int]) -> None:
-        if self._store is None or not tokens or self._store.has(tokens, request.rope):
+        if self._store is None or not self._store.wants(tokens, request.rope):
             return
         if self._cache.lengths[row] > len(tokens):  # a text ended within guesses
             if self._cache.has_states:
@@ -253,8 +253,8 @@ class Engine:
                 if guess.tokens:
                     return self._check(request, guess)
         for row, request in enumerate(requests):
-            pending = [*request.prompt, *request.tokens][request.fed : -1]
-            if pending:  # a refused guess has taken a row with states back
+            if request.fed < len(request.prompt) + len(request.tokens) - 1:  # a refused guess took a state back
+                pending = [*request.prompt, *request.tokens][request.fed : -1]
                 self._forward(row, [pending])
                 request.fed += len(pending)
         logits = self._forward(0, [request.tokens[-1:] for request in requests])

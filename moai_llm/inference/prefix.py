@@ -64,12 +64,13 @@ class PrefixStore:
         longest = min(max(lengths, default=0), len(prompt) - 1)
         return longest if longest >= WORTH else 0
 
-    def has(self, tokens: list[int], rope: int) -> bool:
-        return any(entry.rope == rope and entry.tokens == tokens for entry in self._entries)
+    def wants(self, tokens: list[int], rope: int) -> bool:
+        """Whether it is worth keeping: long enough and not there."""
+        return len(tokens) >= WORTH and not any(e.rope == rope and e.tokens == tokens for e in self._entries)
 
     def add(self, tokens: list[int], kept: Kept, rope: int) -> None:
         """Keep a beginning; what it makes superfluous goes, and then what was not used for the longest time."""
-        if len(tokens) < WORTH or self.has(tokens, rope):
+        if not self.wants(tokens, rope):
             return
         if not self.states:
             if any(entry.rope == rope and common(entry.tokens, tokens) == len(tokens) for entry in self._entries):

@@ -25,7 +25,7 @@ class MLP(nn.Module):
         self.act_name, self.act = config.hidden_act, ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:
-        if takes(x, self.up_proj.weight, self.act_name) and plain(self.gate_proj, self.up_proj, self.down_proj):
+        if plain(self.gate_proj, self.up_proj, self.down_proj) and takes(x, self.up_proj.weight, self.act_name):
             return dense_step(x.reshape(-1, x.shape[-1]), self._step_weights()).view_as(x), None
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(x))), None

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moai_llm.ops.dispatch import Implementation, define
-from moai_llm.ops.moe import Experts, experts_reference
+from moai_llm.ops.linear import FEW_ROWS
+from moai_llm.ops.moe import Experts, experts_forward, experts_reference
 
-MOST_ROWS = 64  # with more, the products of the library are as fast
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -42,7 +42,7 @@ def takes(x: Tensor, weight: Tensor, act: str) -> bool:
     """Whether the ops of this file may run in place of the layers: a few rows, without gradients, as they are."""
     return (
         act in ACTIVATIONS
-        and x.numel() <= MOST_ROWS * x.shape[-1]
+        and x.numel() <= FEW_ROWS * x.shape[-1]
         and x.dtype is weight.dtype
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -70,6 +70,10 @@ def experts_step_reference(x: Tensor, ids: Tensor, weights: Tensor, experts: Exp
     return experts_reference(x, ids, weights, experts, ACTIVATIONS[act])
 
 
+def experts_step_torch(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, act: str) -> Tensor:
+    return experts_forward(x, ids, weights, experts, ACTIVATIONS[act])
+
+
 _HALVES = (torch.float32, torch.bfloat16)
 _dense_step = define(
     "dense_step",
@@ -83,7 +87,8 @@ _experts_step = define(
     "experts_step",
     {
         "reference": Implementation(experts_step_reference),
+        "torch": Implementation(experts_step_torch),
         "native": Implementation("moai_llm.ops.mlp_step_native:experts_step_native", _HALVES),
     },
-    order={"cpu": ["native", "reference"], "any": ["reference"]},
+    order={"cpu": ["native", "torch"], "any": ["torch"]},
 )

@@ -183,27 +183,52 @@ void parallel(int threads, idx tasks, const Run& run) {
 // a team of another size than torch's restarts threads.
 inline int worth_waking(int threads, idx bytes) { return bytes < 2 * 1024 * 1024 ? 1 : threads; }
 
-// R rows of x against O rows of w, each sum on its own in the order of the columns: what is beside a row in a tile changes
-// no bit of its result, so a batch gives each of its rows what the row gets alone.
-template <int R, int O, class T>
-inline void tile(const float* x, const T* w, idx in, float* y, idx stride, const float* start) {
-    vec sums[R][O] = {};
-    const auto add = [&](idx i, int lanes) __attribute__((always_inline)) {
-        vec columns[O];
-#pragma GCC unroll 8
-        for (int o = 0; o < O; o++) columns[o] = load(w + o * in + i, lanes);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            const vec row = load(x + r * in + i, lanes);
-#pragma GCC unroll 8
-            for (int o = 0; o < O; o++) sums[r][o] += row * columns[o];
-        }
-    };
+// x . w in one sum, as `tile` makes it.
+template <class T>
+inline float in_order(const float* x, const T* w, idx in) {
+    vec sum = {};
     idx i = 0;
-    for (; i + W <= in; i += W) add(i, W);
-    if (i < in) add(i, int(in - i));
-    for (int r = 0; r < R; r++)
-        for (int o = 0; o < O; o++) y[r * stride + o] = start[o] + sum_lanes(sums[r][o]);
+    for (; i + W <= in; i += W) sum += load(x + i) * load(w + i);
+    if (i < in) sum += load(x + i, int(in - i)) * load(w + i, int(in - i));
+    return sum_lanes(sum);
+}
+
+// R rows of x against 4 rows of w, each sum on its own in the order of the columns: what is beside a row in a tile
+// changes no bit of its result, so a batch gives each of its rows what the row gets alone. Written out, because an array
+// of sums would lie in memory and not in registers.
+template <int R, class T>
+inline void tile(const float* x, const T* w, idx in, float* y, idx stride, const float* start) {
+    const float *x1 = x + (R > 1 ? in : 0), *x2 = x + (R > 2 ? 2 * in : 0);
+    const T *w1 = w + in, *w2 = w1 + in, *w3 = w2 + in;
+    vec a0 = {}, a1 = {}, a2 = {}, a3 = {}, b0 = {}, b1 = {}, b2 = {}, b3 = {}, c0 = {}, c1 = {}, c2 = {}, c3 = {};
+#define MOAI_TILE(i, lanes)                                                                                            \
+    {                                                                                                                  \
+        const vec k0 = load(w + (i), lanes), k1 = load(w1 + (i), lanes);                                               \
+        const vec k2 = load(w2 + (i), lanes), k3 = load(w3 + (i), lanes);                                              \
+        const vec row = load(x + (i), lanes);                                                                          \
+        a0 += row * k0, a1 += row * k1, a2 += row * k2, a3 += row * k3;                                                \
+        if (R > 1) {                                                                                                   \
+            const vec row1 = load(x1 + (i), lanes);                                                                    \
+            b0 += row1 * k0, b1 += row1 * k1, b2 += row1 * k2, b3 += row1 * k3;                                        \
+        }                                                                                                              \
+        if (R > 2) {                                                                                                   \
+            const vec row2 = load(x2 + (i), lanes);                                                                    \
+            c0 += row2 * k0, c1 += row2 * k1, c2 += row2 * k2, c3 += row2 * k3;                                        \
+        }                                                                                                              \
+    }
+    idx i = 0;
+    for (; i + W <= in; i += W) MOAI_TILE(i, W)
+    if (i < in) MOAI_TILE(i, int(in - i))
+#undef MOAI_TILE
+    const auto put = [&](float* row, vec s0, vec s1, vec s2, vec s3) {
+        row[0] = start[0] + sum_lanes(s0);
+        row[1] = start[1] + sum_lanes(s1);
+        row[2] = start[2] + sum_lanes(s2);
+        row[3] = start[3] + sum_lanes(s3);
+    };
+    put(y, a0, a1, a2, a3);
+    if (R > 1) put(y + stride, b0, b1, b2, b3);
+    if (R > 2) put(y + 2 * stride, c0, c1, c2, c3);
 }
 
 // `out` rows of w for all rows of x; y (rows, stride).
@@ -217,13 +242,12 @@ inline void matvec_piece(idx rows, idx in, idx out, const float* x, const T* w, 
         const T* weights = w + o * in;
         idx r = 0;
         if (width == O) {
-            for (; r + 3 <= rows; r += 3) tile<3, O>(x + r * in, weights, in, y + r * stride + o, stride, start);
-            if (rows - r == 2) tile<2, O>(x + r * in, weights, in, y + r * stride + o, stride, start);
-            if (rows - r == 1) tile<1, O>(x + r * in, weights, in, y + r * stride + o, stride, start);
+            for (; r + 3 <= rows; r += 3) tile<3>(x + r * in, weights, in, y + r * stride + o, stride, start);
+            if (rows - r == 2) tile<2>(x + r * in, weights, in, y + r * stride + o, stride, start);
+            if (rows - r == 1) tile<1>(x + r * in, weights, in, y + r * stride + o, stride, start);
         } else {
             for (; r < rows; r++)
-                for (int i = 0; i < width; i++)
-                    tile<1, 1>(x + r * in, weights + i * in, in, y + r * stride + o + i, stride, start + i);
+                for (int i = 0; i < width; i++) y[r * stride + o + i] = start[i] + in_order(x + r * in, weights + i * in, in);
         }
     }
 }

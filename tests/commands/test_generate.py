@@ -136,7 +136,6 @@ def test_mistakes(model: str, tmp_path: Path) -> None:
     good.write_text("a\n" + "long " * 200)
     both = ("--input-file", str(prompts), "--output-file", str(out))
     for message, arguments in {
-        "one of --prompt, --input-file and --eval-text": (),
         "go together": ("--input-file", str(prompts)),
         "line 2 has no text": both,
         "top_p = 3.0 is out of range": ("--prompt", "a", "--top-p", "3"),
