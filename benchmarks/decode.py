@@ -1,4 +1,6 @@
-"""Greedy decoding, one sequence: tokens per second after the prompt, against transformers' generate. Same weights."""
+"""Decoding: tokens per second, one text and eight, against transformers' generate on the same weights;
+sixteen clients at once against one after the other; guessing ahead.
+"""
 
 from __future__ import annotations
 
@@ -12,64 +14,98 @@ from typing import Any
 import torch
 
 from benchmarks import models
-from benchmarks.harness import Disagreement, Table, threads
-from moai_llm.inference.generate import Sampling, Session, TextModel
+from benchmarks.harness import Disagreement, Table, interleave, threads
+from moai_llm.inference import Engine, Sampling, TextModel
+from moai_llm.inference.speculate import PromptLookup
 from moai_llm.modeling.model import MoaiForCausalLM
 
-VOCAB, PROMPT = 32000, 32
-Decode = Callable[[int], list[int]]
+VOCAB, PROMPT, BATCH = 32000, 32, 8
+Decode = Callable[[int], list[list[int]]]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SHAPES: dict[str, Callable[[], Any]] = {
+    "dense, 100M": lambda: models.qwen3(VOCAB, **models.DENSE_100M),
+    "Mamba, 115M": lambda: models.mamba(VOCAB, **models.MAMBA_100M),
+    "MoE, 8 experts, 36M": lambda: models.qwen3_moe(VOCAB, "grouped_mm"),
+    "dense, 23M": lambda: models.qwen3(VOCAB),
+}
 
 
 def run(quick: bool = False) -> list[Table]:
-    tokens, rounds = (8, 3) if quick else (32, 5)
+    tokens, rounds = (4, 1) if quick else (8, 2)
+    shapes = list(SHAPES)[-1:] if quick else list(SHAPES)
     with threads(2):
-        return [dense(tokens, rounds), state_space(tokens, rounds)]
+        tables = [against_transformers(shape, tokens, rounds) for shape in shapes]
+        return [*tables, clients(4 if quick else 8, rounds), guessing(16 if quick else 32, rounds)]
 
 
-def ours(model: MoaiForCausalLM) -> Decode:
-    tokenizer: Any = SimpleNamespace(vocab_size=VOCAB, stop_ids=[])  # ids in, ids out: no text is needed here
-    text_model = TextModel(model.eval(), tokenizer, Path())
+def text_model(model: MoaiForCausalLM) -> TextModel:
+    tokenizer: Any = SimpleNamespace(vocab_size=VOCAB, stop_ids=[], token_bytes=lambda _: b"a")  # ids only
+    return TextModel(model.eval(), tokenizer, Path())
 
-    def decode(count: int) -> list[int]:
-        return list(Session(text_model).stream(list(range(PROMPT)), Sampling(count, temperature=0)))
+
+def prompts(batch: int) -> list[list[int]]:
+    return [[(7 * i + j) % VOCAB for i in range(PROMPT)] for j in range(batch)]
+
+
+def ours(model: MoaiForCausalLM, batch: int) -> Decode:
+    made = text_model(model)
+
+    def decode(count: int) -> list[list[int]]:
+        engine = Engine(made, max_batch=batch, prefix_cache=False)
+        requests = [engine.submit(prompt, Sampling(count, temperature=0)) for prompt in prompts(batch)]
+        while engine.busy:
+            engine.step()
+        return [request.tokens for request in requests]
 
     return decode
 
 
-def theirs(model: Any) -> Decode:
+def theirs(model: Any, batch: int) -> Decode:
     model.eval()
 
-    def decode(count: int) -> list[int]:
-        prompt = torch.arange(PROMPT)[None]
+    def decode(count: int) -> list[list[int]]:
+        ids = torch.tensor(prompts(batch))
         options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        return model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)[0, PROMPT:].tolist()
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)[:, PROMPT:].tolist()
 
     return decode
 
 
-def measure(
-    title: str, candidates: dict[str, Decode], tokens: int, rounds: int
-) -> tuple[Table, dict[str, list[float]]]:
-    """Seconds per token, from the difference of a long and a short answer: the prompt is not counted."""
+def per_step(decode: Decode, tokens: int) -> tuple[float, float]:
+    """Wall and CPU seconds of a whole answer over its tokens, the prompt of 32 included: the difference of a long and a
+    short answer is, on a busy machine, more of the noise than of the step.
+    """
+    wall, cpu = time.perf_counter(), time.process_time()
+    decode(tokens)
+    return (time.perf_counter() - wall) / tokens, (time.process_time() - cpu) / tokens
+
+
+def against_transformers(shape: str, tokens: int, rounds: int) -> Table:
+    title = f"{shape}, greedy"
     print(title)
-    found: dict[str, list[float]] = {name: [] for name in candidates}
-    for i in range(rounds + 1):
-        for name, decode in candidates.items():
-            clock = time.perf_counter()
-            decode(2)
-            middle = time.perf_counter()
-            decode(2 + tokens)
-            if i:
-                found[name].append((time.perf_counter() - middle - (middle - clock)) / tokens)
-    table = Table(title, ("model", "tokens/s", "ms per token"))
-    for name, seconds in found.items():
-        middle = statistics.median(seconds)
-        table.add(name, 1 / middle, middle * 1e3)
-    return table, found
-
-
-def ratio(found: dict[str, list[float]], mine: str, peer: str) -> float:
-    return statistics.median(b / a for a, b in zip(found[mine], found[peer]))
+    table = Table(title, ("model", "tokens/s", "ms per token", "CPU-ms per token"))
+    for short, dtype in DTYPES.items():
+        if short == "bf16" and shape not in ("dense, 100M", "Mamba, 115M"):
+            continue
+        native = SHAPES[shape]().to(dtype)
+        mine = models.ours(SHAPES[shape]()).to(dtype)
+        for batch in (1, BATCH):
+            candidates = {"ours": ours(mine, batch), "transformers": theirs(native, batch)}
+            if dtype is torch.float32:
+                require_same(candidates["ours"], candidates["transformers"])
+            taken: dict[str, list[tuple[float, float]]] = {name: [] for name in candidates}
+            for i in range(rounds + 1):
+                for name, decode in candidates.items():
+                    spent = per_step(decode, tokens)
+                    if i:
+                        taken[name].append(spent)
+            for name, runs in taken.items():
+                wall, cpu = (statistics.median(column) for column in zip(*runs))
+                table.add(f"{name}, {short}, batch {batch}", batch / wall, wall * 1e3, cpu * 1e3)
+            for what, place in (("time", 0), ("CPU time", 1)):
+                value = statistics.median(b[place] / a[place] for a, b in zip(taken["ours"], taken["transformers"]))
+                table.goal(f"{short}, batch {batch}: transformers' {what} over ours", value, 2.0)
+    return table
 
 
 def require_same(mine: Decode, peer: Decode) -> None:
@@ -78,44 +114,71 @@ def require_same(mine: Decode, peer: Decode) -> None:
     Raises:
         Disagreement: they are not.
     """
-    a, b = mine(12), peer(12)
+    a, b = mine(8), peer(8)
     if a != b:
         raise Disagreement(f"decoded {a}, transformers {b}")
 
 
-def dense(tokens: int, rounds: int) -> Table:
-    def native(dtype: torch.dtype) -> Any:
-        return models.qwen3(VOCAB, **models.DENSE_100M).to(dtype)
+def clients(tokens: int, rounds: int) -> Table:
+    """Sixteen requests that arrive a step apart, in one running batch or one after the other."""
+    title = "16 clients, dense, 100M, fp32"
+    print(title)
+    made = text_model(models.ours(SHAPES["dense, 100M"]()))
+    asked = prompts(16)
 
-    candidates = {
-        f"{name}, {short}": make(dtype)
-        for short, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items()
-        for name, make in {
-            "ours": lambda dtype: ours(models.ours(native(dtype)).to(dtype)),
-            "transformers Qwen3": lambda dtype: theirs(native(dtype)),
-        }.items()
-    }
-    require_same(candidates["ours, fp32"], candidates["transformers Qwen3, fp32"])
-    table, found = measure("Dense, 100M parameters, batch 1, greedy", candidates, tokens, rounds)
-    for short, goal in (("fp32", 1.0), ("bf16", 1.3)):
-        value = ratio(found, f"ours, {short}", f"transformers Qwen3, {short}")
-        table.goal(f"decoding against transformers generate, {short}", value, goal)
+    def serve(batch: int) -> list[list[int]]:
+        engine, requests = Engine(made, max_batch=batch, prefix_cache=False), []
+        while len(requests) < len(asked) or engine.busy:
+            if len(requests) < len(asked):
+                requests.append(engine.submit(asked[len(requests)], Sampling(tokens, temperature=0)))
+            engine.step()
+        return [request.tokens for request in requests]
+
+    if serve(16) != serve(1):
+        raise Disagreement("a request gets another answer in a batch than alone")
+    found = interleave({"together": lambda: serve(16), "one after the other": lambda: serve(1)}, rounds)
+    table = Table(title, ("scheduling", "tokens/s", "CPU-ms per token"))
+    for name, timing in found.items():
+        table.add(name, 16 * tokens / timing.wall, timing.cpu * 1e3 / (16 * tokens))
+    table.goal("throughput", found["together"].times_faster_than(found["one after the other"]), 3.0)
     return table
 
 
-def state_space(tokens: int, rounds: int) -> Table:
-    def native(dtype: torch.dtype) -> Any:
-        return models.mamba(VOCAB, **models.MAMBA_100M).to(dtype)
+def guessing(tokens: int, rounds: int) -> Table:
+    """Prompt lookup where the text repeats itself, and where no guess is right: what it gains and what it costs."""
+    title = "Prompt lookup, dense, 100M, fp32, batch 1"
+    print(title)
+    torch.manual_seed(0)
+    repeats = models.ours(SHAPES["dense, 100M"]())  # tied weights that were never trained say a token again and again
+    made = text_model(repeats)
 
-    candidates = {
-        "ours, fp32": ours(models.ours(native(torch.float32))),
-        "transformers Mamba, fp32": theirs(native(torch.float32)),
-        "ours, bf16": ours(models.ours(native(torch.bfloat16)).to(torch.bfloat16)),
-        "transformers Mamba, bf16": theirs(native(torch.bfloat16)),
+    class Wrong:
+        def guess(self, tokens: list[int], count: int, draw: Any) -> Any:
+            from moai_llm.inference.speculate import Guess
+
+            return Guess([(tokens[-1] + 1 + i) % VOCAB for i in range(count)])
+
+    told: dict[str, float] = {}
+
+    def decode(name: str, drafter: Any) -> list[int]:
+        engine = Engine(made, max_batch=1, prefix_cache=False, drafter=drafter)
+        request = engine.submit(prompts(1)[0], Sampling(tokens, temperature=0))
+        while engine.busy:
+            engine.step()
+        told[name] = engine.counters.taken_tokens / max(engine.counters.guessed_tokens, 1)
+        return request.tokens
+
+    runs = {
+        "without": lambda: decode("without", None),
+        "the text repeats itself": lambda: decode("the text repeats itself", PromptLookup()),
+        "no guess is right": lambda: decode("no guess is right", Wrong()),
     }
-    require_same(candidates["ours, fp32"], candidates["transformers Mamba, fp32"])
-    table, found = measure("Mamba, 115M parameters, batch 1, greedy", candidates, tokens, rounds)
-    for short in ("fp32", "bf16"):
-        value = ratio(found, f"ours, {short}", f"transformers Mamba, {short}")
-        table.goal(f"Mamba decoding against transformers generate, {short}", value, 3.0)
+    if not runs["without"]() == runs["the text repeats itself"]() == runs["no guess is right"]():
+        raise Disagreement("guessing changed the text")
+    found = interleave(runs, rounds)
+    table = Table(title, ("guesses", "taken", "tokens/s", "times as fast"))
+    for name, timing in found.items():
+        table.add(name, f"{told[name]:.0%}", tokens / timing.wall, timing.times_faster_than(found["without"]))
+    table.goal("best case", found["the text repeats itself"].times_faster_than(found["without"]), 1.5)
+    table.goal("worst case", found["no guess is right"].times_faster_than(found["without"]), 0.5)
     return table

@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": ("moai_llm.commands.generate", "continue a prompt"),
     "chat": ("moai_llm.commands.chat", "talk to a model in the terminal"),
     "embed": ("moai_llm.commands.embed", "turn texts into vectors"),
+    "serve": ("moai_llm.commands.serve", "a server of OpenAI's API for a model, and a page to talk to it"),
     "eval": ("moai_llm.commands.evaluate", "measure a model"),
     "card": ("moai_llm.commands.card", "write a model card from what the files of a model say"),
     "doctor": ("moai_llm.commands.doctor", "what is wrong with this machine, a model or a run, and what to do"),

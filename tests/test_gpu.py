@@ -10,7 +10,8 @@ import torch
 
 from moai_llm import recipe as recipes
 from moai_llm.data.prepare import prepare
-from moai_llm.inference.generate import load_model, sample_text
+from moai_llm.inference.generate import sample_text
+from moai_llm.inference.load import load_model
 from moai_llm.ops.dispatch import use
 from moai_llm.ops.selective_scan import selective_scan
 from moai_llm.planning.activations import Setting

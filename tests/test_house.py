@@ -134,6 +134,7 @@ def test_start_up_imports_no_torch(code: str) -> None:
         "tokenizer",
         "generate",
         "chat",
+        "serve",
         "eval",
         "embed",
         "card",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from moai_llm.commands.generate import add_sampling, sampling_of
+from moai_llm.commands.sampling import add_sampling, sampling_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from moai_llm.inference.chat import Chat, run_terminal
-    from moai_llm.inference.generate import load_model
+    from moai_llm.inference.load import load_model
 
     model = load_model(arguments.model, arguments.device, arguments.dtype)
     run_terminal(Chat(model, sampling_of(arguments), arguments.system))

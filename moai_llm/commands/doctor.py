@@ -89,7 +89,7 @@ def _sections(arguments: argparse.Namespace, device: torch.device) -> Iterator[t
 def _weights(path: Path, device: torch.device) -> Iterator[Finding]:
     """The checks of the newest weights a path holds, on the data of its recipe where that is still there."""
     from moai_llm.config import read_config
-    from moai_llm.inference.generate import is_for_vectors, load_model, resolve_model
+    from moai_llm.inference.load import is_for_vectors, load_model, resolve_model
     from moai_llm.training.doctor import Finding, examine
 
     directory = resolve_model(path)

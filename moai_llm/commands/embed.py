@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moai_llm.commands.generate import add_device
+from moai_llm.commands.sampling import add_device
 from moai_llm.commands.sources import add_source_options, open_sources, show_skipped
 from moai_llm.runtime import MoaiError, make_console, require
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.table import Table
 
 from moai_llm.commands.eval_perplexity import add_options, measure_sources
-from moai_llm.commands.generate import add_device
+from moai_llm.commands.sampling import add_device
 from moai_llm.commands.sources import add_source_options
 from moai_llm.runtime import MoaiError, make_console
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from moai_llm.commands.generate import add_device
+from moai_llm.commands.sampling import add_device
 from moai_llm.commands.sources import ReadProgress, add_source_options, open_sources, show_skipped
 from moai_llm.runtime import MoaiError, make_console, write_atomically
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moai_llm.commands.embed import add_length, check_length, progress_of, warn_untrained
-from moai_llm.commands.generate import add_device
+from moai_llm.commands.sampling import add_device
 from moai_llm.commands.sources import add_source_options, open_sources, show_skipped
 from moai_llm.runtime import write_atomically
 

@@ -132,7 +132,7 @@ def stages(console: Console) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _config(name: str) -> MoaiConfig:
-    from moai_llm.inference.generate import resolve_model
+    from moai_llm.inference.load import resolve_model
     from moai_llm.recipe import get_config
 
     return get_config(resolve_model(name) if Path(name).is_dir() else name)

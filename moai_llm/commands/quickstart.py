@@ -212,7 +212,7 @@ def _evaluate(out: Path, console: Any) -> None:
     from moai_llm.data.loader import Loader
     from moai_llm.data.shards import Store
     from moai_llm.evaluation.perplexity import evaluate
-    from moai_llm.inference.generate import load_model
+    from moai_llm.inference.load import load_model
 
     table = Table("model", "on", "loss", "perplexity", "bits per byte", box=None, pad_edge=False)
     for run, data, what in (("pretrain", "valid", "held-out text"), ("sft", "sft", "the instructions it learned")):
@@ -225,7 +225,8 @@ def _evaluate(out: Path, console: Any) -> None:
 
 def _ask(out: Path, console: Any) -> None:
     from moai_llm.inference.chat import Chat
-    from moai_llm.inference.generate import Sampling, load_model
+    from moai_llm.inference.load import load_model
+    from moai_llm.inference.sampling import Sampling
 
     model = load_model(out / "model", dtype="fp32")
     for question in QUESTIONS:

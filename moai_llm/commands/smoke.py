@@ -83,7 +83,8 @@ def _checks(recipe: Recipe, folder: Path) -> Iterator[tuple[str, str]]:
     """(what works, what was seen) of each check, in the order of a run."""
     from moai_llm.commands.train import make_hooks
     from moai_llm.data.shards import Store
-    from moai_llm.inference.generate import load_model, sample_text
+    from moai_llm.inference.generate import sample_text
+    from moai_llm.inference.load import load_model
     from moai_llm.optimization import LoraConfig
     from moai_llm.training.checkpoint import problems
     from moai_llm.training.events import read_metrics

@@ -178,7 +178,7 @@ def find_source(path: str) -> Path:
     Raises:
         MoaiError: no model there, or one without a tokenizer.
     """
-    from moai_llm.inference.generate import resolve_model
+    from moai_llm.inference.load import resolve_model
 
     source = resolve_model(path)
     if not (source / "tokenizer.json").is_file():

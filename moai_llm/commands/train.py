@@ -102,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def resolve_models(recipe: Recipe, *, resume: bool) -> None:
     """In place of a run or a quickstart that the recipe names, the model directory in it."""
-    from moai_llm.inference.generate import resolve_model
+    from moai_llm.inference.load import resolve_model
 
     if recipe.train.init_from and not (resume and not Path(recipe.train.init_from).exists()):
         recipe.train.init_from = str(resolve_model(recipe.train.init_from))
@@ -239,7 +239,9 @@ def _evaluation_of_texts(recipe: Recipe, store: Store) -> Hook:
 
 def _samples(recipe: Recipe) -> Hook:
     from moai_llm.data.shards import Store
-    from moai_llm.inference.generate import Sampling, TextModel, sample_text
+    from moai_llm.inference.generate import sample_text
+    from moai_llm.inference.load import TextModel
+    from moai_llm.inference.sampling import Sampling
 
     tokenizer, out = Store(recipe.data.stores()[0]).tokenizer(), Path(recipe.train.out)
 

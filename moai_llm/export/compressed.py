@@ -22,7 +22,7 @@ from moai_llm.export.native import KEEP_FP32, compare_tokenizer, describe
 from moai_llm.export.place import require_free, written_beside
 from moai_llm.export.probe import answers, difference, require_equal
 from moai_llm.export.source import Exported, Progress, load_source, quiet, silent
-from moai_llm.inference.generate import resolve_model
+from moai_llm.inference.load import resolve_model
 from moai_llm.modeling.convert import native_family, to_native
 from moai_llm.runtime import MoaiError, require
 

@@ -13,7 +13,7 @@ from moai_llm.export.place import MODEL, require_free, written_beside
 from moai_llm.export.probe import answers, difference, require_equal
 from moai_llm.export.source import Exported, Progress, load_source, silent
 from moai_llm.export.vocabulary import disagreements, vocabulary
-from moai_llm.inference.generate import resolve_model
+from moai_llm.inference.load import resolve_model
 from moai_llm.modeling.convert import prepared
 from moai_llm.runtime import MoaiError, did_you_mean, require
 

@@ -13,7 +13,7 @@ from moai_llm.data.embedded import sample_texts
 from moai_llm.export.place import require_free, written_beside
 from moai_llm.export.probe import answers, difference, require_equal
 from moai_llm.export.source import Exported, Progress, load_source, quiet, silent
-from moai_llm.inference.generate import resolve_model
+from moai_llm.inference.load import resolve_model
 from moai_llm.modeling.convert import native_family, to_native
 from moai_llm.modeling.mamba import Mamba
 from moai_llm.runtime import MoaiError

@@ -21,7 +21,7 @@ from moai_llm.data.embedded import sample_texts
 from moai_llm.export.place import require_free, written_beside
 from moai_llm.export.source import Progress, quiet, silent
 from moai_llm.inference.embed import Embedder, embed, load_embedder
-from moai_llm.inference.generate import resolve_model
+from moai_llm.inference.load import resolve_model
 from moai_llm.modeling.convert import native_family, to_native
 from moai_llm.modeling.embedding import MoaiForEmbedding
 from moai_llm.modeling.model import MoaiForCausalLM

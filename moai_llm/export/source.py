@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from moai_llm.export.probe import Difference, answers, inputs
-from moai_llm.inference.generate import load_model
+from moai_llm.inference.load import load_model
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.modeling.vocabulary import resize_vocabulary
 from moai_llm.runtime import MoaiError

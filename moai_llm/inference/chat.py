@@ -10,7 +10,9 @@ from contextlib import suppress
 from dataclasses import fields, replace
 from typing import Any
 
-from moai_llm.inference.generate import Sampling, Session, TextModel, stream_text
+from moai_llm.inference.load import TextModel
+from moai_llm.inference.sampling import Sampling
+from moai_llm.inference.session import Session, stream_text
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer.chat import can_chat, render
 
@@ -95,7 +97,7 @@ class Chat:
             return f"write /set NAME=VALUE with one of {', '.join(known)}"
         try:
             number = float(value)
-            whole = name.strip() in ("max_new_tokens", "top_k", "seed")
+            whole = name.strip() in ("max_new_tokens", "top_k", "seed", "logprobs")
             change: dict[str, Any] = {name.strip(): int(number) if whole else number}
             self.sampling = replace(self.sampling, **change)
         except ValueError as error:

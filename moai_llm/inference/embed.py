@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from moai_llm.config import read_config
-from moai_llm.inference.generate import resolve_model
+from moai_llm.inference.load import resolve_model
 from moai_llm.modeling.embedding import MoaiForEmbedding, load_for_vectors
 from moai_llm.runtime import MoaiError, has_fast_bf16, pick_device
 from moai_llm.tokenizer import Tokenizer, load_tokenizer

@@ -6,13 +6,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from moai_llm.config import MoaiConfig
-from moai_llm.modeling.linear import Linear
+from moai_llm.modeling.linear import Linear, plain
 from moai_llm.modeling.normalization import RMSNorm
+from moai_llm.modeling.slots import SlotCache
 from moai_llm.ops.attention import attention, attention_reference
+from moai_llm.ops.attention_step import AttentionWeights
 from moai_llm.ops.rotary import apply_rotary
 
 
@@ -45,6 +48,10 @@ class Attention(nn.Module):
         cache: Any = None,
     ) -> Tensor:
         b, l, _ = x_BLD.shape
+        if isinstance(cache, SlotCache) and l == 1 and not torch.is_grad_enabled():
+            weights = cache.weights_of(self.layer_idx, self._step_weights)
+            if weights is not None:
+                return cache.step(self.layer_idx, x_BLD[:, 0], rope, self.window, weights)[:, None]
         q = self.q_norm(self.q_proj(x_BLD).view(b, l, -1, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x_BLD).view(b, l, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x_BLD).view(b, l, -1, self.head_dim).transpose(1, 2)
@@ -52,12 +59,26 @@ class Attention(nn.Module):
             q, k = apply_rotary(q, *rope), apply_rotary(k, *rope)
         if q.dtype != v.dtype:  # under autocast a norm gives back fp32
             q, k = q.to(v.dtype), k.to(v.dtype)
+        if isinstance(cache, SlotCache):
+            y = cache.attend(self.layer_idx, q, k, v, self.window).transpose(1, 2)
+            return self.o_proj(y.reshape(b, l, -1))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
             if mask is None and cache.layers[self.layer_idx].is_compileable:
                 k, v = k[:, :, :l], v[:, :, :l]  # first call of a static cache: the rest of its keys are still empty
         y = self._attend(q, k, v, mask, seq_idx)
         return self.o_proj(y.reshape(b, l, -1))
+
+    def _step_weights(self) -> AttentionWeights | None:
+        """For the op of one position; None where the projections are more than their weights."""
+        if not plain(self.q_proj, self.k_proj, self.v_proj, self.o_proj):
+            return None
+        q, k, v, o = self.q_proj, self.k_proj, self.v_proj, self.o_proj
+        q_norm, k_norm = getattr(self.q_norm, "weight", None), getattr(self.k_norm, "weight", None)
+        return AttentionWeights(
+            self.head_dim, self.config.rms_norm_eps, q.weight, k.weight, v.weight, o.weight,
+            q.bias, k.bias, v.bias, o.bias, q_norm, k_norm,
+        )  # fmt: skip
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Any, seq_idx: Tensor | None) -> Tensor:
         """(B, H, Lq, d) -> (B, Lq, H, d): our op, or the transformers attention function the user asked for by name."""

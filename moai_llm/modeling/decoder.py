@@ -18,6 +18,7 @@ from moai_llm.modeling.mamba import Mamba
 from moai_llm.modeling.mlp import MLP
 from moai_llm.modeling.moe import MoE, RouterSums
 from moai_llm.modeling.normalization import make_norm
+from moai_llm.modeling.slots import SlotCache
 
 # brick(config, layer_idx); forward(x_BLD, *, rope, mask, seq_idx, cache) -> y_BLD
 TOKEN_MIXERS: dict[str, type[nn.Module]] = {
@@ -69,5 +70,7 @@ class DecoderLayer(GradientCheckpointingLayer):
         x_BLD = x_BLD + self.mixer(self.mixer_norm(x_BLD), rope=rope, mask=mask, seq_idx=seq_idx, cache=past_key_values)
         if self.mlp is None or self.mlp_norm is None:
             return x_BLD, None
+        if isinstance(past_key_values, SlotCache) and isinstance(self.mlp, MoE):
+            return x_BLD + self.mlp.step(self.mlp_norm(x_BLD)), None
         y, sums = self.mlp(self.mlp_norm(x_BLD), token_mask=token_mask, noise_key=noise_key)
         return x_BLD + y, sums

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from moai_llm.config import MoaiConfig
-from moai_llm.modeling.linear import Linear
+from moai_llm.modeling.linear import Linear, plain
 from moai_llm.modeling.normalization import RMSNorm
+from moai_llm.modeling.slots import SlotStates
 from moai_llm.ops.causal_conv1d import causal_conv1d, conv_tail
-from moai_llm.ops.linear import is_plain
 from moai_llm.ops.mamba_step import StepWeights, mamba_step
 from moai_llm.ops.selective_scan import selective_scan
 
@@ -86,18 +86,25 @@ class Mamba(nn.Module):
         cache: Any = None,
     ) -> Tensor:
         layer: Any = None if cache is None else cache.layers[self.layer_idx]
-        continues = layer is not None and layer.has_previous_state[0]
-        if continues and x_BLD.shape[1] == 1 and not getattr(layer, "record_past", False) and self._plain():
-            states = layer.conv_states[0], layer.recurrent_states[0]
-            return mamba_step(x_BLD[:, 0], *states, self._step_weights())[:, None]
+        slots = layer if isinstance(layer, SlotStates) else None
+        if slots is not None:
+            before = slots.rows() if slots.pair is not None else None
+        else:
+            continues = layer is not None and layer.has_previous_state[0]
+            before = (layer.conv_states[0], layer.recurrent_states[0]) if continues else None
+        if before is not None and x_BLD.shape[1] == 1 and not getattr(layer, "record_past", False):
+            find = self._step_weights
+            weights = find() if slots is None else cache.weights_of(self.layer_idx, find)
+            if weights is not None:
+                return mamba_step(x_BLD[:, 0], *before, weights)[:, None]
         u, z = self.in_proj_x(x_BLD), self.in_proj_z(x_BLD)
-        past = layer.conv_states[0].transpose(1, 2)[:, 1:] if continues else None
+        past = None if before is None else before[0].transpose(1, 2)[:, 1:]
         inputs = u
         u = F.silu(causal_conv1d(inputs, self.conv_weight, self.conv_bias, seq_idx=seq_idx, state=past))
-        if layer is not None:  # after the convolution: the update overwrites what `past` looks at
+        if layer is not None and slots is None:  # after the convolution: the update overwrites what `past` looks at
             tail = conv_tail(inputs, self.kernel, seq_idx)  # transformers keeps K columns, one more than a step needs
             cache.update_conv_state(tail.transpose(1, 2), self.layer_idx, conv_kernel_size=self.kernel)
-        state = layer.recurrent_states[0] if continues else None
+        state = None if before is None else before[1]
         dt, B, C = self.x_proj(u).split(self.sizes, -1)
         dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         delta = F.softplus(self.dt_proj(dt).to(self.dt_bias.dtype) + self.dt_bias)
@@ -105,18 +112,24 @@ class Mamba(nn.Module):
         y, final = selective_scan(
             u, delta, A, B, C, self.D, seq_idx=seq_idx, initial_state=state, return_final_state=True
         )
-        if layer is not None:
+        if slots is not None:
+            slots.write(self._window(inputs, before), final)
+        elif layer is not None:
             cache.update_recurrent_state(final, self.layer_idx)
         return self.out_proj(y * F.silu(z))
 
-    def _plain(self) -> bool:
-        """Whether the projections are their weights, and these lie in memory as they are. What wraps one, an adapter
-        for example, computes more than the op for one position, which reads the weights, would see.
-        """
-        projections = (self.in_proj_x, self.in_proj_z, self.x_proj, self.dt_proj, self.out_proj)
-        return all(type(projection) is Linear and is_plain(projection.weight) for projection in projections)
+    def _window(self, inputs: Tensor, before: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(B, D, K) the last K inputs of the convolution, zeros before the start."""
+        tail = conv_tail(inputs, self.kernel).transpose(1, 2)
+        missing = self.kernel - tail.shape[2]
+        if before is None:
+            return F.pad(tail, (missing, 0))
+        return torch.cat([before[0][..., self.kernel - missing :].to(tail.dtype), tail], -1)
 
-    def _step_weights(self) -> StepWeights:
+    def _step_weights(self) -> StepWeights | None:
+        """For the op of one position; None where the projections are more than their weights, as with an adapter."""
+        if not plain(self.in_proj_x, self.in_proj_z, self.x_proj, self.dt_proj, self.out_proj):
+            return None
         dt_norm, B_norm, C_norm = (getattr(norm, "weight", None) for norm in (self.dt_norm, self.B_norm, self.C_norm))
         return StepWeights(
             self.eps, self.in_proj_x.weight, self.in_proj_z.weight, self.conv_weight, self.conv_bias,

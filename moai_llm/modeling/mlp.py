@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from moai_llm.config import MoaiConfig
-from moai_llm.modeling.linear import Linear
+from moai_llm.modeling.linear import Linear, plain
+from moai_llm.ops.mlp_step import DenseWeights, dense_step, takes
 
 
 class MLP(nn.Module):
@@ -21,9 +22,18 @@ class MLP(nn.Module):
         self.gate_proj = Linear(width, inner, bias=bias) if config.mlp_gated else None
         self.up_proj = Linear(width, inner, bias=bias)
         self.down_proj = Linear(inner, width, bias=bias)
-        self.act = ACT2FN[config.hidden_act]
+        self.act_name, self.act = config.hidden_act, ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:
+        if plain(self.gate_proj, self.up_proj, self.down_proj) and takes(x, self.up_proj.weight, self.act_name):
+            return dense_step(x.reshape(-1, x.shape[-1]), self._step_weights()).view_as(x), None
         if self.gate_proj is None:
             return self.down_proj(self.act(self.up_proj(x))), None
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x)), None
+
+    def _step_weights(self) -> DenseWeights:
+        gate = self.gate_proj
+        return DenseWeights(
+            self.act_name, self.up_proj.weight, self.down_proj.weight, None if gate is None else gate.weight,
+            self.up_proj.bias, self.down_proj.bias, None if gate is None else gate.bias,
+        )  # fmt: skip

@@ -21,6 +21,7 @@ from moai_llm.modeling.mamba import Mamba
 from moai_llm.modeling.moe import MoE, RouterSums
 from moai_llm.modeling.normalization import make_norm
 from moai_llm.modeling.rope import BY_LENGTH, RotaryEmbedding
+from moai_llm.modeling.slots import SlotCache
 from moai_llm.ops.moe import switch_loss
 
 MASKS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -134,12 +135,14 @@ class MoaiModel(MoaiPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past = _past_length(past_key_values)
-        length = past + x.shape[1]
+        slots = past_key_values if isinstance(past_key_values, SlotCache) else None
+        if slots is not None:
+            position_ids, rope_length = slots.positions(x.shape[1], x.device), None
         given: dict[str, Any] = {}
         if isinstance(attention_mask, dict):  # made by generate() for a static cache
             given, attention_mask = attention_mask, attention_mask.get("linear_attention")
         padded = _without_full_mask(attention_mask)
-        if seq_idx is None and past == 0 and position_ids is not None and padded is None:
+        if seq_idx is None and past == 0 and position_ids is not None and padded is None and slots is None:
             seq_idx = _documents(position_ids)
         if seq_idx is not None and past_key_values is not None:
             raise ValueError("packed rows (seq_idx) cannot be cached: run one document a row")
@@ -148,16 +151,18 @@ class MoaiModel(MoaiPreTrainedModel):
         if position_ids is None:
             position_ids = _positions(x, past, padded)
         if self.embed_positions is not None:
-            if length > self.config.max_position_embeddings:
-                raise ValueError(
-                    f"this model has {self.config.max_position_embeddings} learned positions, {length} do not fit"
-                )
+            known, length = self.config.max_position_embeddings, past + x.shape[1]
+            if length > known:
+                raise ValueError(f"this model has {known} learned positions, {length} do not fit")
             x = x + self.embed_positions(position_ids)
-        rope = None if self.rotary is None else self.rotary(position_ids, max(length, rope_length or 0))
+        ends = max(past + x.shape[1], rope_length or 0) if slots is None else slots.ends(x.shape[1])
+        rope = None if self.rotary is None else self.rotary(position_ids, ends)
         if noise_key is None and self.training and self.config.router_noise:
             noise_key = self.noise_step.clone()
             self.noise_step += 1
-        mask_for = given or self._masks(x, padded, past_key_values, position_ids, seq_idx)
+        mask_for = given
+        if not given and slots is None:  # rows of slots know their own lengths
+            mask_for = self._masks(x, padded, past_key_values, position_ids, seq_idx)
         if padded is not None and padded.dim() == 2:
             last = padded[:, -x.shape[1] :]
             token_mask = last if token_mask is None else token_mask
@@ -180,6 +185,8 @@ class MoaiModel(MoaiPreTrainedModel):
         x = self.norm(x)
         if isinstance(past_key_values, StateCache):
             past_key_values.seen += x.shape[1]
+        elif slots is not None:
+            slots.advance(x.shape[1])
         if self.training and router:
             self.expert_counts += torch.stack([sums.selected for sums in router]).detach().to(self.expert_counts.dtype)
         return MoaiModelOutput(

@@ -15,6 +15,8 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 
 from moai_llm.config import MoaiConfig
+from moai_llm.ops.linear import linear
+from moai_llm.ops.mlp_step import experts_step, takes
 from moai_llm.ops.moe import Experts, counter_normal, experts_forward, top_k
 
 EXPERT_WEIGHTS = ("up_proj", "down_proj")  # the stacked matrices of a layer, by name
@@ -44,7 +46,7 @@ class Router(nn.Module):
         """-> weights (T, K), ids (T, K), probabilities (T, E), logits (T, E)."""
         with torch.autocast(x_TD.device.type, enabled=False):
             x = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
-            logits = F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            logits = linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
             noise = None
             if self.noise_weight is not None and self.training and noise_key is not None:
                 spread = F.softplus(F.linear(x, self.noise_weight.to(x.dtype)))
@@ -66,7 +68,7 @@ class MoE(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(count, width, inner))
         self.up_bias = nn.Parameter(torch.empty(count, up)) if config.mlp_bias else None
         self.down_bias = nn.Parameter(torch.empty(count, width)) if config.mlp_bias else None
-        self.act = ACT2FN[config.hidden_act]
+        self.act_name, self.act = config.hidden_act, ACT2FN[config.hidden_act]
 
     def init_weights(self, std: float) -> None:
         for weight in (self.router.weight, self.up_proj, self.down_proj):
@@ -79,12 +81,24 @@ class MoE(nn.Module):
         self, x: Tensor, *, token_mask: Tensor | None = None, noise_key: Tensor | None = None, **_: Any
     ) -> tuple[Tensor, RouterSums]:
         """x (B, L, D); only tokens of `token_mask` (B, L) enter the sums, all are routed."""
-        flat = x.reshape(-1, x.shape[-1])
         key = None if noise_key is None else noise_key + 7_919 * (self.layer_idx + 1)
-        weights, ids, probabilities, logits = self.router(flat, key)
+        y, routed = self._mix(x, key)
+        return y, router_sums(*routed[1:], token_mask)
+
+    def step(self, x: Tensor) -> Tensor:
+        """`forward` in decoding: the same without what the router reports, which costs as much as a small expert."""
+        return self._mix(x, None)[0]
+
+    def _mix(self, x: Tensor, key: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        flat = x.reshape(-1, x.shape[-1])
+        routed: tuple[Tensor, Tensor, Tensor, Tensor] = self.router(flat, key)
+        weights, ids = routed[:2]
         experts = Experts(self.up_proj, self.down_proj, self.up_bias, self.down_bias, self.gated)
-        y = experts_forward(flat, ids, weights, experts, self.act)
-        return y.view_as(x), router_sums(ids, probabilities, logits, token_mask)
+        if type(self.up_proj) is nn.Parameter and takes(flat, self.up_proj, self.act_name):
+            y = experts_step(flat, ids, weights, experts, self.act_name)
+        else:
+            y = experts_forward(flat, ids, weights, experts, self.act)
+        return y.view_as(x), routed
 
 
 def router_sums(ids_TK: Tensor, probabilities_TE: Tensor, logits_TE: Tensor, token_mask: Tensor | None) -> RouterSums:

@@ -40,13 +40,30 @@ class RotaryEmbedding(nn.Module):
             return 1.0 / (rope["rope_theta"] ** exponents), 1.0
         return ROPE_INIT_FUNCTIONS[self.rope_type](self.config, torch.device("cpu"), seq_len=length)
 
-    def forward(self, position_ids: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin (B, L, r/2) in fp32 for positions (B, L) of sequences that will reach `length` tokens."""
-        if self.rope_type in BY_LENGTH:
-            inv_freq, factor = self._frequencies(length)
-            return rotary_table(position_ids, inv_freq.to(position_ids.device), factor)
-        inv_freq, factor = self._fixed
+    def choice(self, length: int) -> int:
+        """What the frequencies depend on: keys rotated for two lengths of one choice go together, others do not."""
+        if self.rope_type == "dynamic":
+            return max(length, self.config.max_position_embeddings)
+        if self.rope_type == "longrope":
+            rope = self.config.rope_parameters
+            assert rope is not None
+            return int(length > rope.get("original_max_position_embeddings", self.config.max_position_embeddings))
+        return 0
+
+    def forward(self, position_ids: Tensor, length: int | list[int]) -> tuple[Tensor, Tensor]:
+        """cos and sin (B, L, r/2) in fp32 for positions (B, L) of sequences that will reach `length` tokens, one number
+        for all or one for each.
+        """
         device = position_ids.device
+        if self.rope_type in BY_LENGTH:
+            if isinstance(length, list):
+                if len({self.choice(end) for end in length}) > 1:
+                    tables = [self(row, end) for row, end in zip(position_ids.split(1), length)]
+                    return torch.cat([cos for cos, _ in tables]), torch.cat([sin for _, sin in tables])
+                length = max(length)
+            inv_freq, factor = self._frequencies(length)
+            return rotary_table(position_ids, inv_freq.to(device), factor)
+        inv_freq, factor = self._fixed
         if device not in self._on_device:
             self._on_device[device] = inv_freq.to(device)
         return rotary_table(position_ids, self._on_device[device], factor)

@@ -21,9 +21,11 @@ from moai_llm.runtime import MoaiError, did_you_mean
 logger = logging.getLogger("moai_llm")
 MODULES = (
     "attention",
+    "attention_step",
     "causal_conv1d",
     "linear",
     "mamba_step",
+    "mlp_step",
     "moe",
     "nf4",
     "norm",

@@ -13,11 +13,7 @@ using namespace moai;
 
 namespace {
 
-constexpr float LOG2E = 1.44269504f;
 constexpr idx PIECE = 256;  // channels a task
-
-// exp(-|x|) of a large |x| is 0 in fp32; past this nothing changes, and 2^x stays defined
-inline vec silu(vec x) { return x / (1.f + exp2(at_most(x * -LOG2E, 126.f))); }
 
 // max(x, 0) + log(1 + e) with e = exp(-|x|), by the series of 2 artanh(e / (2 + e)), whose argument is at most 1/3.
 inline vec softplus(vec x) {
@@ -55,12 +51,6 @@ void convolve(const Shape& s, const Weights<T>& w, idx first, idx count, T* stat
         const int lanes = int(std::min<idx>(W, first + count - d));
         store(x + d, silu(load(x + d, lanes)), lanes);
     }
-}
-
-template <class T>
-void normalise(float* x, idx count, const T* weight, float eps) {
-    const float inverse = 1.f / std::sqrt(dot(x, x, count) / float(count) + eps);
-    for (idx i = 0; i < count; i++) x[i] *= inverse * load(weight + i, 1)[0];
 }
 
 // Recurrence, skip and gate of some channels. The lanes are the states of one channel, as they lie in memory.

@@ -34,14 +34,14 @@ def mamba_step_native(x: Tensor, window: Tensor, state: Tensor, weights: StepWei
     (b, d, n), width, kernel, rank = state.shape, x.shape[1], window.shape[2], w.dt_proj.shape[1]
     windows, states = ready(window, half, (b, d, kernel)), ready(state, wide, (b, d, n))
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    addresses = native.addresses(
+    tensors = (
         ready(x, half, (b, width)), windows, states, ready(w.in_x, half, (d, width)), ready(w.in_z, half, (d, width)),
         ready(w.conv, half, (d, kernel)), ready(w.conv_bias, half, (d,)), ready(w.x_proj, half, (rank + 2 * n, d)),
         ready(w.dt_proj, half, (d, rank)), ready(w.dt_bias, wide, (d,)), ready(w.A_log, wide, (d, n)),
         ready(w.D, wide, (d,)), ready(w.out, half, (width, d)), ready(w.dt_norm, half, (rank,)),
         ready(w.B_norm, half, (n,)), ready(w.C_norm, half, (n,)), y,
     )  # fmt: skip
-    _FUNCTIONS[half](b, width, d, n, rank, kernel, torch.get_num_threads(), w.eps, *addresses)
+    _FUNCTIONS[half](b, width, d, n, rank, kernel, torch.get_num_threads(), w.eps, *native.addresses(*tensors))
     if windows is not window:  # it was not contiguous
         window.copy_(windows)
     if states is not state:

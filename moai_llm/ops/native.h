@@ -6,10 +6,12 @@
 #pragma once
 
 #include <atomic>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <type_traits>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -138,6 +140,17 @@ inline vec exp2(vec x) {
 #endif
 }
 
+// exp(-|x|) of a large |x| is 0 in fp32; past this nothing changes, and 2^x stays defined
+constexpr float LOG2E = 1.44269504f;
+inline vec silu(vec x) { return x / (1.f + exp2(at_most(x * -LOG2E, 126.f))); }
+
+// x (rows of `count`) over its root mean square, times a weight, in place.
+template <class T>
+void normalise(float* x, idx count, const T* weight, float eps) {
+    const float inverse = 1.f / std::sqrt(dot(x, x, count) / float(count) + eps);
+    for (idx i = 0; i < count; i++) x[i] *= inverse * load(weight + i, 1)[0];
+}
+
 // ---------------------------------------------------------------- threads
 
 // GOMP_parallel of the OpenMP runtime that torch has loaded. To ask it for a team by address, and not to compile with
@@ -170,18 +183,88 @@ void parallel(int threads, idx tasks, const Run& run) {
 // a team of another size than torch's restarts threads.
 inline int worth_waking(int threads, idx bytes) { return bytes < 2 * 1024 * 1024 ? 1 : threads; }
 
+// x . w in one sum, as `tile` makes it.
+template <class T>
+inline float in_order(const float* x, const T* w, idx in) {
+    vec sum = {};
+    idx i = 0;
+    for (; i + W <= in; i += W) sum += load(x + i) * load(w + i);
+    if (i < in) sum += load(x + i, int(in - i)) * load(w + i, int(in - i));
+    return sum_lanes(sum);
+}
+
+// R rows of x against 4 rows of w, each sum on its own in the order of the columns: what is beside a row in a tile
+// changes no bit of its result, so a batch gives each of its rows what the row gets alone. Written out, because an array
+// of sums would lie in memory and not in registers.
+template <int R, class T>
+inline void tile(const float* x, const T* w, idx in, float* y, idx stride, const float* start) {
+    const float *x1 = x + (R > 1 ? in : 0), *x2 = x + (R > 2 ? 2 * in : 0);
+    const T *w1 = w + in, *w2 = w1 + in, *w3 = w2 + in;
+    vec a0 = {}, a1 = {}, a2 = {}, a3 = {}, b0 = {}, b1 = {}, b2 = {}, b3 = {}, c0 = {}, c1 = {}, c2 = {}, c3 = {};
+#define MOAI_TILE(i, lanes)                                                                                            \
+    {                                                                                                                  \
+        const vec k0 = load(w + (i), lanes), k1 = load(w1 + (i), lanes);                                               \
+        const vec k2 = load(w2 + (i), lanes), k3 = load(w3 + (i), lanes);                                              \
+        const vec row = load(x + (i), lanes);                                                                          \
+        a0 += row * k0, a1 += row * k1, a2 += row * k2, a3 += row * k3;                                                \
+        if (R > 1) {                                                                                                   \
+            const vec row1 = load(x1 + (i), lanes);                                                                    \
+            b0 += row1 * k0, b1 += row1 * k1, b2 += row1 * k2, b3 += row1 * k3;                                        \
+        }                                                                                                              \
+        if (R > 2) {                                                                                                   \
+            const vec row2 = load(x2 + (i), lanes);                                                                    \
+            c0 += row2 * k0, c1 += row2 * k1, c2 += row2 * k2, c3 += row2 * k3;                                        \
+        }                                                                                                              \
+    }
+    idx i = 0;
+    for (; i + W <= in; i += W) MOAI_TILE(i, W)
+    if (i < in) MOAI_TILE(i, int(in - i))
+#undef MOAI_TILE
+    const auto put = [&](float* row, vec s0, vec s1, vec s2, vec s3) {
+        row[0] = start[0] + sum_lanes(s0);
+        row[1] = start[1] + sum_lanes(s1);
+        row[2] = start[2] + sum_lanes(s2);
+        row[3] = start[3] + sum_lanes(s3);
+    };
+    put(y, a0, a1, a2, a3);
+    if (R > 1) put(y + stride, b0, b1, b2, b3);
+    if (R > 2) put(y + 2 * stride, c0, c1, c2, c3);
+}
+
+// `out` rows of w for all rows of x; y (rows, stride).
+template <class T>
+inline void matvec_piece(idx rows, idx in, idx out, const float* x, const T* w, const T* bias, float* y, idx stride) {
+    constexpr int O = 4;
+    float start[O];
+    for (idx o = 0; o < out; o += O) {
+        const int width = out - o < O ? int(out - o) : O;
+        for (int i = 0; i < O; i++) start[i] = bias && i < width ? load(bias + o + i, 1)[0] : 0.f;
+        const T* weights = w + o * in;
+        idx r = 0;
+        if (width == O) {
+            for (; r + 3 <= rows; r += 3) tile<3>(x + r * in, weights, in, y + r * stride + o, stride, start);
+            if (rows - r == 2) tile<2>(x + r * in, weights, in, y + r * stride + o, stride, start);
+            if (rows - r == 1) tile<1>(x + r * in, weights, in, y + r * stride + o, stride, start);
+        } else {
+            for (; r < rows; r++)
+                for (int i = 0; i < width; i++) y[r * stride + o + i] = start[i] + in_order(x + r * in, weights + i * in, in);
+        }
+    }
+}
+
+constexpr idx TASK_BYTES = 64 * 1024;  // weights a thread takes at a time
+
 // y (rows, out) = x (rows, in) W^T + bias. Each weight is read once, for all rows.
 template <class T, class Y>
 void matvec(idx rows, idx in, idx out, int threads, const float* x, const T* w, const T* bias, Y* y) {
-    constexpr idx TASK_BYTES = 64 * 1024;  // weights a thread takes at a time
-    const idx each = TASK_BYTES / idx(in * sizeof(T)) + 1;
+    const idx each = (TASK_BYTES / idx(in * sizeof(T)) + 4) / 4 * 4;
+    const std::unique_ptr<float[]> wide(std::is_same<Y, float>::value ? nullptr : new float[rows * out]);
+    float* result = wide ? wide.get() : reinterpret_cast<float*>(y);
     parallel(worth_waking(threads, out * in * idx(sizeof(T))), (out + each - 1) / each, [&](idx task, int) {
-        const idx stop = (task + 1) * each < out ? (task + 1) * each : out;
-        for (idx o = task * each; o < stop; o++) {
-            const float start = bias ? load(bias + o, 1)[0] : 0.f;
-            for (idx r = 0; r < rows; r++) y[r * out + o] = rounded<Y>(start + dot(x + r * in, w + o * in, in));
-        }
+        const idx first = task * each, count = out - first < each ? out - first : each;
+        matvec_piece(rows, in, count, x, w + first * in, bias ? bias + first : nullptr, result + first, out);
     });
+    if (wide) convert(wide.get(), rows * out, y);
 }
 
 // Aligned memory for each worker, taken before they start: an exception must not leave a thread.

@@ -69,7 +69,7 @@ void in_groups(idx states, const Run& run) {
 
 // ---------------------------------------------------------------- a vector for each state, its lanes being channels
 
-constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+constexpr float LN2 = 0.69314718f;
 constexpr float FAR = 1e18f;  // a step or a rate beyond it decays to 0 all the same; a product of two stays finite
 
 void gather_states(const float* rows, idx states, int lanes, vec* out) {  // zero where there are no rows

@@ -20,7 +20,7 @@ from moai_llm.data.embedded import library_texts
 from moai_llm.data.prepare import prepare_texts
 from moai_llm.evaluation.perplexity import evaluate_text
 from moai_llm.inference import load_model
-from moai_llm.inference.generate import TextModel
+from moai_llm.inference.load import TextModel
 from moai_llm.tokenizer import Tokenizer, load_tokenizer
 from moai_llm.tokenizer.extend import extend_tokenizer
 from moai_llm.tokenizer.train import build_tokenizer, train_tokenizer

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from moai_llm.evaluation.perplexity import evaluate, evaluate_text, measure, windows
-from moai_llm.inference.generate import TextModel
+from moai_llm.inference.load import TextModel
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 from tests.conftest import tiny_model

@@ -16,7 +16,7 @@ from moai_llm.export.gguf import export_gguf
 from moai_llm.export.import_native import import_native
 from moai_llm.export.native import export_native
 from moai_llm.export.vocabulary import QWEN2_SPLIT
-from moai_llm.inference.generate import load_model
+from moai_llm.inference.load import load_model
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer, load_tokenizer
 from tests.export.conftest import LLAMA3, split_by

@@ -26,7 +26,7 @@ from moai_llm.data.embedded import library_texts, sample_texts
 from moai_llm.export.gguf import export_gguf
 from moai_llm.export.layout import refusals
 from moai_llm.export.vocabulary import QWEN2_SPLIT
-from moai_llm.inference.generate import TextModel, load_model
+from moai_llm.inference.load import TextModel, load_model
 from moai_llm.recipe import RECIPES, get_config
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.split import CL100K_SPLIT, GPT2_SPLIT, O200K_SPLIT

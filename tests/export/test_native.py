@@ -13,7 +13,9 @@ from safetensors import safe_open
 
 from moai_llm.export import native
 from moai_llm.export.native import export_native
-from moai_llm.inference.generate import Sampling, Session, load_model
+from moai_llm.inference.load import load_model
+from moai_llm.inference.sampling import Sampling
+from moai_llm.inference.session import Session
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.chat import render

@@ -10,7 +10,8 @@ import torch
 
 from moai_llm.inference import chat as chats
 from moai_llm.inference.chat import Chat, run_terminal
-from moai_llm.inference.generate import Sampling, TextModel
+from moai_llm.inference.load import TextModel
+from moai_llm.inference.sampling import Sampling
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 from moai_llm.tokenizer.chat import render
@@ -100,13 +101,14 @@ def test_every_template(name: str) -> None:
     assert [m["role"] for m in chat.messages] == ["system", "user", "assistant"]
     end = tokenizer.stop_ids[-1]
     assert tokenizer.decode([end]) == {"chatml": "<|im_end|>", "llama3": "<|eot_id|>", "gemma": "<end_of_turn>"}[name]
-    fed = []
+    fed, real = [], model.forward
 
-    def forward(input_ids: torch.Tensor, **_: object):  # type: ignore[no-untyped-def]
+    def forward(input_ids: torch.Tensor, **arguments: object):  # type: ignore[no-untyped-def]
         fed.extend(input_ids[0].tolist())
-        logits = torch.zeros(1, 1, 512)
-        logits[..., end] = 9
-        return type("Output", (), {"logits": logits})
+        output = real(input_ids=input_ids, **arguments)
+        output.logits = torch.zeros_like(output.logits)
+        output.logits[..., end] = 9
+        return output
 
     model.forward = forward
     chat.reset()

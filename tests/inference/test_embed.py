@@ -11,7 +11,7 @@ import torch
 
 from moai_llm.data.embedding_records import Related
 from moai_llm.inference.embed import Embedder, embed, load_embedder
-from moai_llm.inference.generate import load_model
+from moai_llm.inference.load import load_model
 from moai_llm.inference.mine import mine
 from moai_llm.modeling.embedding import MoaiForEmbedding
 from moai_llm.runtime import MoaiError

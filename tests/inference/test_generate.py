@@ -9,16 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from moai_llm.inference.generate import (
-    Sampling,
-    Session,
-    TextModel,
-    TextStream,
-    choose,
-    load_model,
-    resolve_model,
-    sample_text,
-)
+from moai_llm.inference.generate import sample_text
+from moai_llm.inference.load import TextModel, load_model, resolve_model
+from moai_llm.inference.sampling import Draw, Sampling, choose
+from moai_llm.inference.session import Session
+from moai_llm.inference.text_stream import TextStream
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
 from tests.conftest import tiny_model
@@ -75,22 +70,25 @@ def test_sampling_is_reproducible(text_model: TextModel) -> None:
 
 def test_stop_tokens_end_the_answer(text_model: TextModel) -> None:
     tokenizer, prompt = text_model.tokenizer, text_model.tokenizer.encode("Interest")
+    real = text_model.model.forward
     for stop in tokenizer.stop_ids:
 
         def forward(stop: int = stop, **arguments: object):  # type: ignore[no-untyped-def]
-            logits = torch.zeros(1, 1, 512)
-            logits[..., stop] = 9
-            return type("Output", (), {"logits": logits})
+            output = real(**arguments)
+            output.logits = torch.zeros_like(output.logits)
+            output.logits[..., stop] = 9
+            return output
 
         text_model.model.forward = forward
         assert list(Session(text_model).stream(prompt, GREEDY)) == []
 
 
 def test_filters() -> None:
-    logits, generator = torch.tensor([3.0, 2.0, 1.0, 0.0, -9.0]), torch.Generator().manual_seed(0)
+    logits = torch.tensor([3.0, 2.0, 1.0, 0.0, -9.0])
 
     def seen(sampling: Sampling, context: list[int] | None = None) -> set[int]:
-        return {choose(logits, sampling, generator, context or []) for _ in range(300)}
+        draw = Draw(sampling, context or [])
+        return {choose(logits[None], [draw])[0].token for _ in range(300)}
 
     assert seen(Sampling(temperature=0)) == {0}
     assert seen(Sampling(temperature=2.0, top_k=2, top_p=1.0)) == {0, 1}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from moai_llm.ops import native
 from moai_llm.ops.dispatch import Unavailable, use
-from moai_llm.ops.linear import linear
+from moai_llm.ops.linear import FEW_ROWS, linear
 from moai_llm.ops.mamba_step import StepWeights, mamba_step, mamba_step_reference
 from moai_llm.ops.norm import rms_norm
 from moai_llm.ops.selective_scan import selective_scan, selective_scan_step
@@ -124,7 +124,7 @@ def test_linear_leaves_the_rest_to_torch(monkeypatch: pytest.MonkeyPatch) -> Non
     linear(x, w).sum().backward()
     assert w.grad is not None
     with torch.no_grad():
-        linear(torch.randn(3, 8), w)
+        linear(torch.randn(FEW_ROWS + 1, 8), w)
         linear(x.double(), w.double())
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert linear(x, w).dtype is torch.bfloat16

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from moai_llm import recipe as recipes
-from moai_llm.inference.generate import load_model, sample_text
+from moai_llm.inference.generate import sample_text
+from moai_llm.inference.load import load_model
 from moai_llm.modeling.mamba import Mamba
 from moai_llm.modeling.model import MoaiForCausalLM, new_cache
 from moai_llm.modeling.moe import MoE
@@ -195,9 +196,9 @@ def test_decoding_does_not_lose_an_adapter(rows: int, monkeypatch: pytest.Monkey
 
 def test_plain_projections_take_the_step_op() -> None:
     mixers = [m for m in MoaiForCausalLM(recipes.get_config(HYBRID)).modules() if isinstance(m, Mamba)]
-    assert mixers and all(mixer._plain() for mixer in mixers)
+    assert mixers and all(mixer._step_weights() for mixer in mixers)
     wrapped = [m for m in adapted(targets=["out_proj"], experts=False).modules() if isinstance(m, Mamba)]
-    assert wrapped and not any(mixer._plain() for mixer in wrapped)
+    assert wrapped and not any(mixer._step_weights() for mixer in wrapped)
 
 
 def test_recomputing_layers_gives_the_same_gradients(make_recipe: MakeRecipe, base: Path) -> None:

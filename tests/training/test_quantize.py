@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moai_llm import recipe as recipes
 from moai_llm.cli import main
-from moai_llm.inference.generate import load_model
+from moai_llm.inference.load import load_model
 from moai_llm.modeling.model import MoaiForCausalLM, new_cache
 from moai_llm.ops.nf4_weight import NF4Weight, stored_bytes
 from moai_llm.optimization import LoraConfig

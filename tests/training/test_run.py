@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from moai_llm import recipe as recipes
 from moai_llm.commands.train import make_hooks
 from moai_llm.config import MoaiConfig
-from moai_llm.inference.generate import load_model
+from moai_llm.inference.load import load_model
 from moai_llm.runtime import MoaiError
 from moai_llm.training import loop
 from moai_llm.training.events import read_metrics

@@ -1,0 +1,127 @@
+"""A model with its tokenizer, from whatever a path means: a model, a run, a quickstart, an export, adapters."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from moai_llm.modeling.convert import from_native
+from moai_llm.modeling.families import FAMILIES
+from moai_llm.runtime import MoaiError, has_fast_bf16, pick_device, require
+from moai_llm.tokenizer import Tokenizer, load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ADAPTER = "adapter_config.json"
+
+
+@dataclass
+class TextModel:
+    """A model with its tokenizer."""
+
+    model: Any
+    tokenizer: Tokenizer
+    path: Path
+
+    @property
+    def context(self) -> int:
+        """Tokens the model was made for; with learned positions, all it can take."""
+        return int(self.model.config.max_position_embeddings)
+
+
+def resolve_model(path: str | Path) -> Path:
+    """The model directory a path means: itself, `model` inside it, or the newest checkpoint of a run.
+
+    Raises:
+        MoaiError: none of these is there.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return path
+    if (path / "model" / "config.json").is_file():
+        return path / "model"
+    found = sorted(path.glob("checkpoints/step-*/config.json"))
+    if found:
+        return found[-1].parent
+    what = "no such directory" if not path.exists() else "no model in it (config.json, model/ or checkpoints/)"
+    raise MoaiError(f"{path}: {what}")
+
+
+def is_for_vectors(directory: Path) -> bool:
+    """Whether the model there was trained to make vectors; it has no head then."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "MoaiForEmbedding" in (config.get("architectures") or ())
+
+
+def load_model(path: str | Path, device: str = "auto", dtype: str = "auto") -> TextModel:
+    """Load a model directory, a run (its newest checkpoint) or a quickstart, ready to generate.
+
+    A model of a transformers class that our bricks compute, as `moai export --format hf` writes it, becomes one of
+    ours. A directory of peft's adapters becomes the sum of them and the model that they name. (A checkpoint of a run
+    with adapters already holds that sum.)
+
+    Args:
+        dtype: fp32 | bf16 | fp16, or auto: bf16 where the device is faster in it, else fp32.
+    """
+    target = pick_device(device)
+    if dtype == "auto":
+        dtype = "bf16" if has_fast_bf16(target) else "fp32"
+    if dtype not in DTYPES:
+        raise MoaiError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    path = Path(path)
+    if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
+        return _with_adapters(path, device, dtype)
+    directory = resolve_model(path)
+    tokenizer = load_tokenizer(directory)
+    if is_for_vectors(directory):
+        raise MoaiError(f"{directory} makes vectors of texts and writes none: use `moai embed`, or a language model")
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype])
+    except (OSError, ValueError, KeyError) as error:
+        raise MoaiError(f"{directory} cannot be loaded: {error}") from None
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise MoaiError(
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
+        )
+    return TextModel(_ours(model).to(target).eval(), tokenizer, directory)
+
+
+def _ours(model: Any) -> Any:
+    """The same function of our bricks, where there are bricks for it: they decode faster, in batches, and all that is
+    here works on them. Another class stays what it is.
+    """
+    if type(model).__name__ not in {family.model_class for family in FAMILIES.values()}:
+        return model
+    if getattr(model.config, "quantization_config", None) is not None:  # its weights are not plain matrices
+        return model
+    try:
+        return from_native(model)
+    except ValueError:  # a setting that our bricks have not
+        return model
+
+
+def _with_adapters(path: Path, device: str, dtype: str) -> TextModel:
+    """The model that a directory of peft's adapters names, with the adapters added to its weights."""
+    peft = require("peft", "lora")
+    base = json.loads((path / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base or not Path(base).exists():
+        raise MoaiError(
+            f"{path} holds adapters for the model {base or 'that it does not name'}, which is not there: put it back, "
+            f"or write where it is as base_model_name_or_path into {path / ADAPTER}"
+        )
+    below = load_model(base, device, dtype)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for an old name
+            merged = peft.PeftModel.from_pretrained(below.model, str(path)).merge_and_unload()
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise MoaiError(f"the adapters of {path} do not fit {below.path}: {error}") from None
+    return TextModel(merged.eval(), below.tokenizer, path)

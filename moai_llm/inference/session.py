@@ -1,0 +1,108 @@
+"""One text after another in the same place, as the turns of a chat: what was computed before is not computed again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from moai_llm.config import MoaiConfig
+from moai_llm.inference.engine import Engine
+from moai_llm.inference.load import TextModel
+from moai_llm.inference.sampling import Draw, Sampling, choose
+from moai_llm.inference.text_stream import TextStream
+from moai_llm.modeling.model import new_cache
+from moai_llm.modeling.slots import fits_slots
+from moai_llm.runtime import MoaiError
+
+
+class Session:
+    """A growing sequence and the cache of what the model has seen of it.
+
+    Args:
+        cache: makes the cache of transformers to use, in place of the engine's own. Models whose class the engine
+            does not know always take one.
+    """
+
+    def __init__(self, text_model: TextModel, cache: Callable[[], Any] | None = None) -> None:
+        self.text_model = text_model
+        own = cache is None and fits_slots(text_model.model.config)
+        self._make = None if own else cache or (lambda: _cache_of(text_model.model.config))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._engine = None if self._make else Engine(self.text_model, max_batch=1)
+        self._fed: list[int] = []
+        self._cache: Any = None
+
+    def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
+        """Yield new tokens after `prompt` (all tokens from the beginning) until a stop token, which is not yielded,
+        a stop text, or the limit.
+
+        Raises:
+            MoaiError: an empty prompt, or one that leaves no room for an answer.
+        """
+        if self._engine is None:
+            yield from self._over_cache(prompt, sampling)
+            return
+        request = self._engine.submit(prompt, sampling)
+        try:
+            while request.finished is None:
+                for event in self._engine.step():
+                    if event.request is request and event.token is not None:
+                        yield event.token
+        finally:  # whoever stops reading ends the request
+            self._engine.cancel(request)
+            self._engine.step()
+
+    @torch.inference_mode()
+    def _over_cache(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
+        """The plain loop over one of transformers' caches."""
+        model, tokenizer = self.text_model.model, self.text_model.tokenizer
+        if not prompt:
+            raise MoaiError("an empty prompt: give the model something to continue")
+        limit = sampling.max_new_tokens
+        if getattr(model.config, "position_embedding", "rope") == "learned":
+            limit = min(limit, self.text_model.context - len(prompt))
+            if limit < 1:
+                raise MoaiError(f"the prompt has {len(prompt)} tokens; this model takes {self.text_model.context}")
+        known = len(self._fed)
+        if self._cache is None or prompt[:known] != self._fed or known >= len(prompt):
+            assert self._make is not None
+            self._fed, self._cache = [], self._make()
+        draw, text = Draw(sampling, prompt), TextStream(tokenizer, sampling.stop)
+        pending, stops = prompt[len(self._fed) :], set(tokenizer.stop_ids)
+        # only our own models take a length to come
+        ahead = {"rope_length": len(prompt) + limit} if model.config.model_type == "moai" else {}
+        for _ in range(limit):
+            ids = torch.tensor([pending], device=model.device)
+            output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **ahead)
+            self._fed += pending
+            token = choose(output.logits[:, -1, : tokenizer.vocab_size].float(), [draw])[0].token
+            if token in stops:
+                return
+            draw.add(token)
+            text.push(token)
+            pending = [token]
+            yield token
+            if text.stopped:
+                return
+
+
+def _cache_of(config: Any) -> Any:
+    return new_cache(config) if isinstance(config, MoaiConfig) else DynamicCache(config=config)
+
+
+def stream_text(session: Session, prompt: list[int], sampling: Sampling) -> Iterator[str]:
+    """`Session.stream` as pieces of text."""
+    text = TextStream(session.text_model.tokenizer, sampling.stop)
+    for token in session.stream(prompt, sampling):
+        piece = text.push(token)
+        if piece:
+            yield piece
+    rest = text.end()
+    if rest:
+        yield rest
