@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 from moai_llm.evaluation.scoring import Request, score
-from moai_llm.inference import Sampling, Session, TextModel
+from moai_llm.inference import Engine, Sampling, Session, TextModel
+from moai_llm.modeling.slots import fits_slots
 from moai_llm.runtime import MoaiError, require
 from moai_llm.tokenizer.chat import can_chat, render
 
@@ -216,20 +218,28 @@ def continue_prompts(
             the prompt fit.
     """
     answers = [""] * len(tasks)
-    session = Session(text_model)
-    decode = text_model.tokenizer.decode
-    for i, (prompt, (sampling, stops, room)) in enumerate(tasks):
-        kept: list[int] = []
-        longest = max((len(stop.encode()) for stop in stops), default=0)  # tokens that a stop string can spread over
-        for token in session.stream(prompt[-room:], sampling):
-            kept.append(token)
-            if any(stop in decode(kept[-longest - 1 :], skip_special=True) for stop in stops if stop):
-                break
-        answer = decode(kept, skip_special=True)
-        for stop in stops:
-            answer = answer.split(stop)[0] if stop else answer
-        answers[i] = answer
+    prompts = [
+        (prompt[-room:], replace(sampling, stop=tuple(filter(None, stops))))
+        for prompt, (sampling, stops, room) in tasks
+    ]
+
+    def keep(i: int, tokens: list[int]) -> None:
+        answers[i] = text_model.tokenizer.decode(tokens, skip_special=True)
+        for stop in prompts[i][1].stop:
+            answers[i] = answers[i].split(stop)[0]
         progress(i)
+
+    if not fits_slots(text_model.model.config):  # of another class: one after the other
+        session = Session(text_model)
+        for i, task in enumerate(prompts):
+            keep(i, list(session.stream(*task)))
+        return answers
+    engine = Engine(text_model)
+    places = {engine.submit(*task): i for i, task in enumerate(prompts)}
+    while engine.busy:
+        for event in engine.step():
+            if event.finished:
+                keep(places[event.request], event.request.tokens)
     return answers
 
 
