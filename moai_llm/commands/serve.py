@@ -5,9 +5,14 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from moai_llm.commands.sampling import add_device
 from moai_llm.runtime import MoaiError, logger, require
+
+if TYPE_CHECKING:
+    from moai_llm.inference.server.options import Options
+    from moai_llm.inference.server.service import Service
 
 KEY_VARIABLE = "MOAI_API_KEY"
 
@@ -45,18 +50,28 @@ def run(arguments: argparse.Namespace) -> None:
         max_batch=arguments.max_batch, max_queue=arguments.max_queue, max_new_tokens=arguments.max_new_tokens,
         timeout=arguments.timeout, max_body=int(arguments.max_body_mb * 2**20), grace=arguments.grace,
     )  # fmt: skip
-    from moai_llm.inference.load import load_model
     from moai_llm.inference.server.app import build_app
     from moai_llm.inference.server.run import address, listen, serve
-    from moai_llm.inference.server.service import Service
 
     with listen(options.host, options.port) as bound:
-        service = Service(load_model(arguments.model, arguments.device, arguments.dtype), options)
+        service = service_of(arguments.model, options, arguments.device, arguments.dtype)
         if arguments.quiet:
             logger.setLevel("WARNING")
         url = address(bound)
         print(f"{options.name} at {url}: a page to talk to it; OpenAI's API at {url}/v1. Ctrl-C ends it", flush=True)
         serve(build_app(service), service, bound)
+
+
+def service_of(path: str | Path, options: Options, device: str = "auto", dtype: str = "auto") -> Service:
+    """The model there, as a server knows it: it continues text, or it makes vectors."""
+    from moai_llm.inference.embed import embed, load_embedder
+    from moai_llm.inference.load import is_for_vectors, load_model
+    from moai_llm.inference.server.service import Service
+
+    if not is_for_vectors(path):
+        return Service(load_model(path, device, dtype), options)
+    embedder = load_embedder(path, device, dtype)
+    return Service(embedder, options, embed=lambda texts: embed(embedder, texts).tolist())
 
 
 def _name_of(model: str) -> str:

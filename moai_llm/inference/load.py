@@ -52,11 +52,11 @@ def resolve_model(path: str | Path) -> Path:
     raise MoaiError(f"{path}: {what}")
 
 
-def is_for_vectors(directory: Path) -> bool:
-    """Whether the model there was trained to make vectors; it has no head then."""
+def is_for_vectors(path: str | Path) -> bool:
+    """Whether a path means a model that was trained to make vectors; it has no head then."""
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        config = json.loads((resolve_model(path) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, MoaiError):
         return False
     return isinstance(config, dict) and "MoaiForEmbedding" in (config.get("architectures") or ())
 

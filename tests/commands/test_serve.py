@@ -17,9 +17,13 @@ from pathlib import Path
 import pytest
 
 from moai_llm.cli import main
+from moai_llm.commands.serve import service_of
+from moai_llm.inference.embed import embed, load_embedder
+from moai_llm.inference.server.options import Options
 from moai_llm.inference.server.sse import EventReader
 from moai_llm.runtime import MoaiError
 from tests.conftest import ROOT, tiny_model
+from tests.inference.test_embed import make_embedder
 from tests.tokenizer.conftest import tokenizer_for
 
 
@@ -29,6 +33,19 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save(directory)
     tiny_model(vocab_size=tokenizer.padded_vocab_size, max_position_embeddings=4096).float().save_pretrained(directory)
     return directory
+
+
+def test_a_model_of_vectors_is_served_as_one(tmp_path: Path) -> None:
+    path = make_embedder(tmp_path / "vectors", tokenizer_for("chatml"))
+    service = service_of(path, Options(name="vectors"), "cpu", "fp32")
+    assert not service.generates and service.embed is not None
+    texts = ["interest", "은행 이자"]
+    assert service.embed(texts) == embed(load_embedder(path, "cpu", "fp32"), texts).tolist()
+
+
+def test_control_a_language_model_has_no_vectors(saved: Path) -> None:
+    service = service_of(saved, Options(name="chat"), "cpu", "fp32")
+    assert service.generates and service.embed is None
 
 
 def ask_and_signal(port: int, pid: int, found: list[str]) -> None:
