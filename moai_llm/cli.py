@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": ("moai_llm.commands.generate", "continue a prompt"),
     "chat": ("moai_llm.commands.chat", "talk to a model in the terminal"),
     "eval": ("moai_llm.commands.evaluate", "measure a model"),
+    "bench": ("moai_llm.commands.bench", "what a choice costs: kinds of caches"),
     "doctor": ("moai_llm.commands.doctor", "what is wrong with this machine, a model or a run, and what to do"),
     "report": ("moai_llm.commands.report", "one page of plots from one or several training runs"),
     "export": ("moai_llm.commands.export", "write a model for transformers, llama.cpp or Ollama"),
