@@ -106,7 +106,7 @@ def _table(rows):
     for row in rows:
         table.add_row(
             row.name, f"{row.bytes_per_token:,.1f}{' on disk' if row.on_disk else ''}", f"{row.predicted:,.1f}",
-            f"{row.bytes_per_token / base:.2f}x", f"{row.perplexity:.3f}", f"{row.change:+.2%}",
+            f"{row.bytes_per_token / base:.2f}x", f"{row.perplexity:.3f}", f"{round(row.change, 4) + 0.0:+.2%}",
             f"{row.tokens_per_second:,.1f}", f"{row.ratio:.2f}x",
         )  # fmt: skip
     return table

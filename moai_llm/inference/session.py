@@ -79,8 +79,8 @@ class Session:
             limit = min(limit, context - len(prompt))
             if limit < 1:
                 raise MoaiError(
-                    f"the prompt has {len(prompt)} tokens and leaves no room for an answer; this model takes {context}. "
-                    "With RoPE, --kv-keep sinks:4+window:N goes on for ever"
+                    f"the prompt has {len(prompt)} tokens; this model takes {context}, with the answer. With RoPE, "
+                    "--kv-keep sinks:4+window:N has no such limit"
                 )
         draw, text = Draw(sampling, prompt), TextStream(tokenizer, sampling.stop)
         # only our own models take a length to come

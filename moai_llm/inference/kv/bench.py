@@ -88,7 +88,7 @@ def bench(
     for name in kinds:
         kind, keep = parse_kind(name)
         makers[name] = lambda kind=kind, keep=keep: make_cache(model.config, kind, keep, options)
-        makers[name]()  # what this model cannot have is told before anything is measured
+        make_cache(model.config, kind, keep, options)  # what this model cannot have is told before anything is measured
     perplexities, held = {}, {}
     for name, make in makers.items():
         tell(f"perplexity of {name}")
@@ -96,8 +96,8 @@ def bench(
     prompt = (ids * math.ceil(prompt_tokens / len(ids)))[:prompt_tokens]
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for number in range(rounds):
+        tell(f"speed, round {number + 1} of {rounds}")
         for name, make in makers.items():
-            tell(f"speed of {name}, round {number + 1} of {rounds}")
             cache = make()
             seconds[name].append(_decode(model, prompt, new_tokens, cache, length))
             held[name] = held_bytes(cache), in_files(cache)

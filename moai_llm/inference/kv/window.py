@@ -3,7 +3,7 @@
 
 A query sees the last `window` keys, itself included, and the first `sinks` ones, in whatever chunks the prompt came.
 Section 3.2 there gives keys the positions they have in the cache and not in the text: so a sink is never farther away
-than it was in training. Angles of RoPE are differences, so here it suffices to turn a query back, for its scores with the
+than it was in training. Angles of RoPE are differences, so it suffices to turn a query back, for its scores with the
 sinks, by as many positions as lie forgotten between; keys stay as they were written. Without RoPE nothing is turned.
 """
 
