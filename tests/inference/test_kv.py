@@ -18,8 +18,6 @@ from moai_llm.inference.kv.mapped import MappedLayer
 from moai_llm.inference.kv.offload import OffloadedLayer, chain
 from moai_llm.inference.kv.quantized import QuantizedLayer, dequantize, quantize, value_group
 from moai_llm.inference.kv.size import held_bytes, predicted_bytes
-from moai_llm.ops.attention import attention_reference
-from moai_llm.ops.streamed_attention import streamed_attention
 from moai_llm.runtime import MoaiError
 from tests.conftest import tiny_config, tiny_model
 from tests.inference.conftest import KINDS, alone, greedy, ids_model
@@ -127,24 +125,6 @@ def test_rows_can_be_picked(kind: str) -> None:
     torch.testing.assert_close(through(model, cache, ids[1:].repeat(2, 1)), expected)
 
 
-# ---------------------------------------------------------------- the op
-
-
-@pytest.mark.parametrize("heads", (1, 2, 6))
-@pytest.mark.parametrize("sizes", ([], [1], [7, 1, 12]))
-@pytest.mark.parametrize("new", (1, 5))
-def test_streamed_attention_is_attention(heads: int, sizes: list[int], new: int) -> None:
-    torch.manual_seed(1)
-    length = sum(sizes) + new
-    q = 3 * torch.randn(2, 6, new, 7, dtype=torch.float64)
-    k, v = (3 * torch.randn(2, heads, length, 7, dtype=torch.float64) for _ in range(2))
-    *blocks, last = zip(k.split([*sizes, new], 2), v.split([*sizes, new], 2))
-    y = streamed_attention(q, blocks[::-1], *last)
-    torch.testing.assert_close(y, attention_reference(q, k, v, None, None, None, 7**-0.5))
-    if sizes:
-        assert not torch.allclose(y, streamed_attention(q, blocks[1:], *last))  # control: a block left out
-
-
 # ---------------------------------------------------------------- small numbers
 
 
@@ -231,7 +211,7 @@ def test_a_file_of_keys_has_no_name_and_gives_its_pages_back(tmp_path: Path) -> 
     assert torch.equal(keys, k) and torch.equal(values, v)
     assert not list(tmp_path.iterdir())
     assert len(os.listdir("/proc/self/fd")) == own + 2  # ours, and the one mmap keeps
-    assert _resident(tmp_path) == 0
+    assert _resident(tmp_path) <= 64  # a fault of the last page may have brought those behind it
     assert layer._data is not None and float(layer._data.sum()) == pytest.approx(float(k.sum() + v.sum()), abs=1e-1)
     assert _resident(tmp_path) > 500  # control: reading brings them in
     del layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -21,10 +22,11 @@ from tests.inference.test_kv import LENGTH, MODELS, text, through, uncached
 
 D, HEADS = 8, 4
 FREQUENCIES = 100.0 ** (-torch.arange(0, D, 2) / D)
-CUTS = ([31], [17, 1, 1, 6, *[1] * 6], [1] * 31)
+TOKENS = 23
+CUTS = ([TOKENS], [11, 1, 1, 6, *[1] * 4], [1] * TOKENS)
 
 
-def tensors(groups: int, length: int = 31) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(groups: int, length: int = TOKENS) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(7)
     q = 2 * torch.randn(1, HEADS, length, D, dtype=torch.float64)
     k, v = (2 * torch.randn(1, groups, length, D, dtype=torch.float64) for _ in range(2))
@@ -49,10 +51,12 @@ def one_query(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (k @ q / D**0.5).softmax(0) @ v
 
 
-def over_kept(q: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, in_cache: bool) -> Tensor:
+@cache
+def over_kept(groups: int, sinks: int, window: int, in_cache: bool) -> Tensor:
     """Each query alone over the keys it may see, rotated by their places in the text, or in the cache (StreamingLLM,
-    section 3.2). Tensors are not rotated yet.
+    section 3.2).
     """
+    q, k, v = tensors(groups)
     y = torch.empty_like(q)
     for head in range(HEADS):
         group = head * k.shape[1] // HEADS
@@ -66,27 +70,27 @@ def over_kept(q: Tensor, k: Tensor, v: Tensor, sinks: int, window: int, in_cache
 
 
 @pytest.mark.parametrize("cuts", CUTS, ids=("at once", "chunks", "one by one"))
-@pytest.mark.parametrize("groups", (1, 2, 4))
-@pytest.mark.parametrize(("sinks", "window"), [(0, 7), (0, 1), (3, 7), (1, 1), (3, 28), (5, 2)])
+@pytest.mark.parametrize("groups", (1, 2))
+@pytest.mark.parametrize(("sinks", "window"), [(0, 7), (3, 7), (1, 1), (3, 20), (5, 2)])
 def test_windows_and_sinks(sinks: int, window: int, groups: int, cuts: list[int]) -> None:
     q, k, v = tensors(groups)
     at = torch.arange(q.shape[2])
     layer = WindowLayer(window, sinks, turn)
     y = through_layer(layer, rotated(q, at), rotated(k, at), v, cuts)
-    torch.testing.assert_close(y, over_kept(q, k, v, sinks, window, in_cache=True), rtol=0, atol=1e-6)
+    torch.testing.assert_close(y, over_kept(groups, sinks, window, in_cache=True), rtol=0, atol=1e-6)
     if sinks and sinks + window < q.shape[2]:  # control: places in the text are something else
-        assert not torch.allclose(y, over_kept(q, k, v, sinks, window, in_cache=False), atol=1e-3)
+        assert not torch.allclose(y, over_kept(groups, sinks, window, in_cache=False), atol=1e-3)
     if sinks + window < q.shape[2]:  # control: so is a key more
-        assert not torch.allclose(y, over_kept(q, k, v, sinks, window + 1, in_cache=True), atol=1e-3)
-    assert layer.get_seq_length() == 31
-    assert layer.keys is not None and layer.keys.shape[2] == min(window - 1, 31 - sinks)
+        assert not torch.allclose(y, over_kept(groups, sinks, window + 1, in_cache=True), atol=1e-3)
+    assert layer.get_seq_length() == TOKENS
+    assert layer.keys is not None and layer.keys.shape[2] == min(window - 1, TOKENS - sinks)
 
 
 @pytest.mark.parametrize("cuts", CUTS, ids=("at once", "chunks", "one by one"))
-@pytest.mark.parametrize("window", (1, 7, 30, 31, 40))
+@pytest.mark.parametrize("window", (1, 7, 23, 40))
 def test_a_ring_is_a_window(window: int, cuts: list[int]) -> None:
     q, k, v = tensors(2)
-    expected = through_layer(WindowLayer(window), q, k, v, [31])
+    expected = through_layer(WindowLayer(window), q, k, v, [TOKENS])
     torch.testing.assert_close(through_layer(RingLayer(window), q, k, v, cuts), expected)
     torch.testing.assert_close(expected, _plain(q, k, v, window))
 
@@ -129,7 +133,7 @@ def heavy_by_hand(q: Tensor, k: Tensor, v: Tensor, heavy: int, window: int, cuts
 
 @pytest.mark.parametrize("cuts", CUTS, ids=("at once", "chunks", "one by one"))
 @pytest.mark.parametrize("groups", (1, 2, 4))
-@pytest.mark.parametrize(("heavy", "window"), [(3, 5), (1, 1), (20, 11)])
+@pytest.mark.parametrize(("heavy", "window"), [(3, 5), (1, 1), (12, 11)])
 def test_heavy_hitters(heavy: int, window: int, groups: int, cuts: list[int]) -> None:
     q, k, v = tensors(groups)
     layer = HeavyLayer(heavy, window)
@@ -138,10 +142,10 @@ def test_heavy_hitters(heavy: int, window: int, groups: int, cuts: list[int]) ->
     assert layer.keys is not None
     for group in range(groups):
         torch.testing.assert_close(layer.keys[0, group], k[0, group, kept[group]])
-    if heavy + window < 31:
-        latest = [list(range(31 - heavy - window, 31))] * groups
+    if heavy + window < TOKENS:
+        latest = [list(range(TOKENS - heavy - window, TOKENS))] * groups
         assert kept != latest  # control: it is not a window
-        assert layer.get_seq_length() == 31 and layer.keys.shape[2] == heavy + window
+        assert layer.get_seq_length() == TOKENS and layer.keys.shape[2] == heavy + window
 
 
 # ---------------------------------------------------------------- in models
@@ -151,9 +155,9 @@ def test_heavy_hitters(heavy: int, window: int, groups: int, cuts: list[int]) ->
 @pytest.mark.parametrize("name", MODELS)
 def test_room_for_all_is_full_attention(name: str, keep: str) -> None:
     model, ids = tiny_model(**MODELS[name]), text()
-    cache = make_cache(model.config, "dynamic", keep)
-    torch.testing.assert_close(through(model, cache, ids), uncached(model, ids))
-    assert cache.get_seq_length() == LENGTH
+    held = make_cache(model.config, "dynamic", keep)
+    torch.testing.assert_close(through(model, held, ids), uncached(model, ids))
+    assert held.get_seq_length() == LENGTH
 
 
 @pytest.mark.parametrize("keep", ("window:9", "sinks:3+window:9"))
@@ -181,9 +185,9 @@ def test_a_window_is_a_model_of_sliding_layers() -> None:
 @pytest.mark.parametrize("name", ("grouped", "hybrid"))
 def test_bytes_are_as_predicted(name: str, keep: str) -> None:
     model = tiny_model(**MODELS[name]).float().to(torch.bfloat16)
-    cache = make_cache(model.config, "dynamic", keep)
-    through(model, cache, text())
-    assert held_bytes(cache) == predicted_bytes(model.config, "dynamic", LENGTH, 2, parse_keep(keep))
+    held = make_cache(model.config, "dynamic", keep)
+    through(model, held, text())
+    assert held_bytes(held) == predicted_bytes(model.config, "dynamic", LENGTH, 2, parse_keep(keep))
 
 
 def test_a_text_may_become_longer_than_the_context() -> None:

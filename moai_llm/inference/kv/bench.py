@@ -10,7 +10,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,12 +84,12 @@ def bench(
     """
     kinds = [BASE, *dict.fromkeys(kind for kind in kinds if kind != BASE)]
     length = max(len(ids), prompt_tokens + new_tokens)
-    options = KVOptions(**{**options.__dict__, "length": length, "device": str(model.device)})
+    options = replace(options, length=length, device=str(model.device))
     makers: dict[str, Callable[[], Cache]] = {}
     for name in kinds:
         kind, keep = parse_kind(name)
-        makers[name] = lambda kind=kind, keep=keep: make_cache(model.config, kind, keep, options)
-        make_cache(model.config, kind, keep, options)  # what this model cannot have is told before anything is measured
+        makers[name] = partial(make_cache, model.config, kind, keep, options)
+        makers[name]()  # what this model cannot have is told before anything is measured
     perplexities, held = {}, {}
     for name, make in makers.items():
         tell(f"perplexity of {name}")

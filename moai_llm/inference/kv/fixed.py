@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import StaticCache
@@ -15,7 +17,7 @@ class FixedCache(StaticCache):
     length: tokens it has room for.
     """
 
-    def __init__(self, config: object, length: int) -> None:
+    def __init__(self, config: Any, length: int) -> None:
         super().__init__(config=config, max_cache_len=length)
         self.length = length
         self._first = next(i for i, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin))
@@ -27,7 +29,7 @@ class FixedCache(StaticCache):
             needed = int(self.get_seq_length(layer_idx)) + key_states.shape[2]
             if needed > self.length:
                 raise MoaiError(
-                    f"the static cache has room for {self.length} tokens, {needed} do not fit: ask for fewer new tokens, "
-                    "or take --kv-cache dynamic"
+                    f"the static cache has room for {self.length} tokens, {needed} do not fit: ask for fewer new "
+                    "tokens, or take --kv-cache dynamic"
                 )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
