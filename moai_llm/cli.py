@@ -28,6 +28,7 @@ COMMANDS = {
     "serve": ("moai_llm.commands.serve", "a server of OpenAI's API for a model, and a page to talk to it"),
     "eval": ("moai_llm.commands.evaluate", "measure a model"),
     "card": ("moai_llm.commands.card", "write a model card from what the files of a model say"),
+    "bench": ("moai_llm.commands.bench", "what a choice costs: kinds of caches"),
     "doctor": ("moai_llm.commands.doctor", "what is wrong with this machine, a model or a run, and what to do"),
     "report": ("moai_llm.commands.report", "one page of plots from one or several training runs"),
     "export": ("moai_llm.commands.export", "write a model for transformers, llama.cpp or Ollama"),

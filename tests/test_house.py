@@ -145,6 +145,7 @@ def test_start_up_imports_no_torch(code: str) -> None:
         "plan",
         "export",
         "import",
+        "bench",
     ],
 )
 def test_help_of_each_command_imports_no_torch(verb: str) -> None:

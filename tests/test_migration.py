@@ -31,7 +31,7 @@ from tests.conftest import ROOT
 PAGE = ROOT / "docs" / "migration.md"
 DOCUMENTS = ROOT.parent / "shared" / "documents"
 AREAS = {
-    "GPU kernels", "KV cache", "batch generation", "code models",
+    "GPU kernels", "batch generation", "code models",
     "expert tools", "long context", "memory", "multi-GPU",
     "planner", "quantization", "serving",
 }  # fmt: skip

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moai_llm.commands.kv_options import add_kv_cache, check_kv, kv_of
 from moai_llm.commands.sampling import add_sampling, sampling_of
 from moai_llm.runtime import MoaiError
 
@@ -46,6 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draft", metavar="MODEL", help="a smaller model of the same tokenizer that guesses ahead")
     parser.add_argument("--prompt-lookup", action="store_true", help="guess ahead by repeating the text so far")
     parser.add_argument("--guesses", type=int, default=5, help="tokens that are guessed at a time (default 5)")
+    add_kv_cache(parser)
     add_sampling(parser)
 
 
@@ -79,6 +81,16 @@ def _require_consistent(arguments: argparse.Namespace) -> None:
             raise MoaiError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least {least}")
     if arguments.draft and arguments.prompt_lookup:
         raise MoaiError("--draft and --prompt-lookup both guess ahead: choose one")
+    check_kv(arguments)
+    if arguments.kv_cache or arguments.kv_keep:
+        for name in ("input_file", "eval_text", "draft", "prompt_lookup", "logprobs"):
+            if getattr(arguments, name):
+                raise MoaiError(
+                    f"--{name.replace('_', '-')} needs the engine's own cache: --kv-cache and --kv-keep are for one "
+                    "streamed --prompt"
+                )
+        if arguments.num_samples > 1 or arguments.num_beams > 1:
+            raise MoaiError("--kv-cache and --kv-keep are for one text: leave out --num-samples and --num-beams")
     if arguments.num_beams > 1:
         if arguments.input_file is not None:
             raise MoaiError("--num-beams takes one --prompt, not a file")
@@ -111,8 +123,18 @@ def _engine(model: TextModel, arguments: argparse.Namespace, batch: int) -> Engi
 
 
 def _stream(model: TextModel, prompt: str, arguments: argparse.Namespace) -> None:
+    ids = model.tokenizer.encode(prompt)
+    cache = kv_of(arguments, model, len(ids) + arguments.max_new_tokens)
+    if cache is not None:
+        from moai_llm.inference.session import Session, stream_text
+
+        print(prompt, end="", flush=True)
+        for piece in stream_text(Session(model, cache), ids, sampling_of(arguments)):
+            print(piece, end="", flush=True)
+        print()
+        return
     engine = _engine(model, arguments, 1)
-    engine.submit(model.tokenizer.encode(prompt), sampling_of(arguments))
+    engine.submit(ids, sampling_of(arguments))
     print(prompt, end="", flush=True)
     while engine.busy:
         for event in engine.step():

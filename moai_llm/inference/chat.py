@@ -26,18 +26,27 @@ HELP = """/reset            forget the conversation
 class Chat:
     """The conversation so far and the model's session over it.
 
+    Args:
+        cache: as in `Session`.
+
     Raises:
         MoaiError: the model's tokenizer has no chat template.
     """
 
-    def __init__(self, text_model: TextModel, sampling: Sampling, system: str | None = None) -> None:
+    def __init__(
+        self,
+        text_model: TextModel,
+        sampling: Sampling,
+        system: str | None = None,
+        cache: Callable[[], Any] | None = None,
+    ) -> None:
         if not can_chat(text_model.tokenizer):
             raise MoaiError(
                 f"{text_model.path} is not a chat model: its tokenizer has no chat template. "
                 "Use `moai generate`, or fine-tune it first"
             )
-        self.text_model, self.sampling, self.session = text_model, sampling, Session(text_model)
-        self.system = system
+        self.text_model, self.sampling, self.system = text_model, sampling, system
+        self.session = Session(text_model, cache)
         self.reset()
 
     def reset(self) -> None:

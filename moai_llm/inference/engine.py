@@ -124,7 +124,7 @@ class Engine:
                 "with `moai import`"
             )
         self.text_model, self.max_batch, self.prefill_chunk = text_model, max_batch, prefill_chunk
-        self.context = context if context is not None else _context(text_model)
+        self.context = context if context is not None else context_of(text_model)
         self.counters, self._drafter, self._guesses = Counters(), drafter, guesses
         self._model, self._stops = model, set(text_model.tokenizer.stop_ids)
         self._cache = SlotCache(model.config)
@@ -338,7 +338,7 @@ class Engine:
         return event
 
 
-def _context(text_model: TextModel) -> int | None:
+def context_of(text_model: TextModel) -> int | None:
     """How long a text may become: no limit for states, nor for the RoPE rule that stretches with the text."""
     config: Any = text_model.model.config
     rope = getattr(config, "rope_parameters", None) or {}

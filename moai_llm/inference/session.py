@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from moai_llm.config import MoaiConfig
-from moai_llm.inference.engine import Engine
+from moai_llm.inference.engine import Engine, context_of
 from moai_llm.inference.load import TextModel
 from moai_llm.inference.sampling import Draw, Sampling, choose
 from moai_llm.inference.text_stream import TextStream
@@ -17,13 +17,15 @@ from moai_llm.modeling.model import new_cache
 from moai_llm.modeling.slots import fits_slots
 from moai_llm.runtime import MoaiError
 
+PREFILL_CHUNK = 512  # tokens of a prompt that are computed at once
+
 
 class Session:
     """A growing sequence and the cache of what the model has seen of it.
 
     Args:
-        cache: makes the cache of transformers to use, in place of the engine's own. Models whose class the engine
-            does not know always take one.
+        cache: makes the cache of transformers to use, in place of the engine's own; `kv_cache` of inference/kv gives
+            one. Models whose class the engine does not know always take one.
     """
 
     def __init__(self, text_model: TextModel, cache: Callable[[], Any] | None = None) -> None:
@@ -37,6 +39,7 @@ class Session:
         self._engine = None if self._make else Engine(self.text_model, max_batch=1)
         self._fed: list[int] = []
         self._cache: Any = None
+        self._rope = 0
 
     def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
         """Yield new tokens after `prompt` (all tokens from the beginning) until a stop token, which is not yielded,
@@ -64,23 +67,37 @@ class Session:
         model, tokenizer = self.text_model.model, self.text_model.tokenizer
         if not prompt:
             raise MoaiError("an empty prompt: give the model something to continue")
-        limit = sampling.max_new_tokens
-        if getattr(model.config, "position_embedding", "rope") == "learned":
-            limit = min(limit, self.text_model.context - len(prompt))
-            if limit < 1:
-                raise MoaiError(f"the prompt has {len(prompt)} tokens; this model takes {self.text_model.context}")
-        known = len(self._fed)
+        known, ours = len(self._fed), model.config.model_type == "moai"
         if self._cache is None or prompt[:known] != self._fed or known >= len(prompt):
             assert self._make is not None
             self._fed, self._cache = [], self._make()
+        limit = sampling.max_new_tokens
+        learned = getattr(model.config, "position_embedding", "rope") == "learned"
+        bounded = learned or (fits_slots(model.config) and not getattr(self._cache, "endless", False))
+        context = context_of(self.text_model) if bounded else None
+        if context is not None:
+            limit = min(limit, context - len(prompt))
+            if limit < 1:
+                raise MoaiError(
+                    f"the prompt has {len(prompt)} tokens; this model takes {context}, with the answer. With RoPE, "
+                    "--kv-keep sinks:4+window:N has no such limit"
+                )
         draw, text = Draw(sampling, prompt), TextStream(tokenizer, sampling.stop)
-        pending, stops = prompt[len(self._fed) :], set(tokenizer.stop_ids)
         # only our own models take a length to come
-        ahead = {"rope_length": len(prompt) + limit} if model.config.model_type == "moai" else {}
+        ahead = {"rope_length": len(prompt) + limit} if ours else {}
+        rotary = getattr(model.model, "rotary", None) if ours else None
+        rope = rotary.choice(len(prompt) + limit) if rotary is not None else 0
+        if rope != self._rope and self._fed:  # keys rotated by other frequencies do not go with the new ones
+            assert self._make is not None
+            self._fed, self._cache = [], self._make()
+        self._rope = rope
+        pending, stops = prompt[len(self._fed) :], set(tokenizer.stop_ids)
         for _ in range(limit):
-            ids = torch.tensor([pending], device=model.device)
-            output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **ahead)
-            self._fed += pending
+            for start in range(0, len(pending), PREFILL_CHUNK):
+                part = pending[start : start + PREFILL_CHUNK]
+                ids = torch.tensor([part], device=model.device)
+                output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **ahead)
+                self._fed += part
             token = choose(output.logits[:, -1, : tokenizer.vocab_size].float(), [draw])[0].token
             if token in stops:
                 return

@@ -62,6 +62,10 @@ class Attention(nn.Module):
         if isinstance(cache, SlotCache):
             y = cache.attend(self.layer_idx, q, k, v, self.window).transpose(1, 2)
             return self.o_proj(y.reshape(b, l, -1))
+        if cache is not None and (attend := _own_attention(cache, self.layer_idx)) is not None:
+            if mask is not None or seq_idx is not None:
+                raise ValueError("this cache attends by itself: rows without padding, and attn_implementation='sdpa'")
+            return self.o_proj(attend(q, k, v).transpose(1, 2).reshape(b, l, -1))
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx)
             if mask is None and cache.layers[self.layer_idx].is_compileable:
@@ -89,3 +93,9 @@ class Attention(nn.Module):
             return attention_reference(q, k, v, mask, seq_idx, self.window, self.head_dim**-0.5).transpose(1, 2)
         function = ALL_ATTENTION_FUNCTIONS[chosen]
         return function(self, q, k, v, mask, scaling=self.head_dim**-0.5, sliding_window=self.window)[0]
+
+
+def _own_attention(cache: Any, layer_idx: int) -> Any:
+    """The `attend` of a cache layer that computes the attention itself (inference/kv); None for transformers' own."""
+    layers = cache.layers
+    return getattr(layers[layer_idx], "attend", None) if layer_idx < len(layers) else None

@@ -40,6 +40,11 @@ class RotaryEmbedding(nn.Module):
             return 1.0 / (rope["rope_theta"] ** exponents), 1.0
         return ROPE_INIT_FUNCTIONS[self.rope_type](self.config, torch.device("cpu"), seq_len=length)
 
+    def frequencies(self) -> Tensor:
+        """(r/2,) those of a rule that does not depend on the length."""
+        assert self.rope_type not in BY_LENGTH
+        return self._fixed[0]
+
     def choice(self, length: int) -> int:
         """What the frequencies depend on: keys rotated for two lengths of one choice go together, others do not."""
         if self.rope_type == "dynamic":
