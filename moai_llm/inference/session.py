@@ -24,6 +24,10 @@ class Session:
     Args:
         cache: makes the cache of transformers to use, in place of the engine's own. Models whose class the engine
             does not know always take one.
+
+    Attributes:
+        reused: tokens of the last prompt that were not computed again.
+        finished: why the last stream ended: "stop", "length", or "cancelled" where nobody wanted the rest.
     """
 
     def __init__(self, text_model: TextModel, cache: Callable[[], Any] | None = None) -> None:
@@ -37,6 +41,13 @@ class Session:
         self._engine = None if self._make else Engine(self.text_model, max_batch=1)
         self._fed: list[int] = []
         self._cache: Any = None
+        self.reused, self.finished, self._unwanted = 0, "", False
+
+    def cancel(self) -> None:
+        """End the running stream before its next token, also while it reads its prompt. A signal handler may call it:
+        nothing is torn, and what was computed stays.
+        """
+        self._unwanted = True
 
     def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
         """Yield new tokens after `prompt` (all tokens from the beginning) until a stop token, which is not yielded,
@@ -45,18 +56,20 @@ class Session:
         Raises:
             MoaiError: an empty prompt, or one that leaves no room for an answer.
         """
+        self.reused, self.finished, self._unwanted = 0, "cancelled", False
         if self._engine is None:
             yield from self._over_cache(prompt, sampling)
             return
         request = self._engine.submit(prompt, sampling)
         try:
-            while request.finished is None:
+            while request.finished is None and not self._unwanted:
                 for event in self._engine.step():
                     if event.request is request and event.token is not None:
                         yield event.token
         finally:  # whoever stops reading ends the request
             self._engine.cancel(request)
             self._engine.step()
+            self.reused, self.finished = request.reused, request.finished or "cancelled"
 
     @torch.inference_mode()
     def _over_cache(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
@@ -65,7 +78,8 @@ class Session:
         if not prompt:
             raise MoaiError("an empty prompt: give the model something to continue")
         limit = sampling.max_new_tokens
-        if getattr(model.config, "position_embedding", "rope") == "learned":
+        # positions of other people's classes may be learned too: none goes past what it was made for
+        if model.config.model_type != "moai" or model.config.position_embedding == "learned":
             limit = min(limit, self.text_model.context - len(prompt))
             if limit < 1:
                 raise MoaiError(f"the prompt has {len(prompt)} tokens; this model takes {self.text_model.context}")
@@ -73,23 +87,29 @@ class Session:
         if self._cache is None or prompt[:known] != self._fed or known >= len(prompt):
             assert self._make is not None
             self._fed, self._cache = [], self._make()
+        self.reused = len(self._fed)
         draw, text = Draw(sampling, prompt), TextStream(tokenizer, sampling.stop)
         pending, stops = prompt[len(self._fed) :], set(tokenizer.stop_ids)
         # only our own models take a length to come
         ahead = {"rope_length": len(prompt) + limit} if model.config.model_type == "moai" else {}
         for _ in range(limit):
+            if self._unwanted:
+                return
             ids = torch.tensor([pending], device=model.device)
             output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **ahead)
             self._fed += pending
             token = choose(output.logits[:, -1, : tokenizer.vocab_size].float(), [draw])[0].token
             if token in stops:
+                self.finished = "stop"
                 return
             draw.add(token)
             text.push(token)
             pending = [token]
             yield token
             if text.stopped:
+                self.finished = "stop"
                 return
+        self.finished = "length"
 
 
 def _cache_of(config: Any) -> Any:
