@@ -50,8 +50,8 @@ def test_turns_are_remembered(chat: Chat) -> None:
 @pytest.mark.parametrize("name", TINY)
 def test_every_preset_talks_and_computes_only_what_is_new(name: str, tokenizer: Tokenizer) -> None:
     torch.manual_seed(0)
-    config = recipes.get_config(name, vocab_size=tokenizer.padded_vocab_size, max_position_embeddings=256)
-    model = MoaiForCausalLM(config).eval()
+    model = MoaiForCausalLM(recipes.get_config(name)).eval()
+    assert model.config.vocab_size == len(tokenizer)
     chat = Chat(TextModel(model, tokenizer, Path("here")), Sampling(12, seed=3, top_k=0, top_p=1.0))
     said = ["".join(chat.say("What is interest on a deposit?"))]
     before = computed(chat)
