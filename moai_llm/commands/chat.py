@@ -24,8 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--load", metavar="FILE", help="go on from a conversation that /save has written")
     parser.add_argument("--once", metavar="PROMPT", help="print one answer and leave; - reads the question from stdin")
     parser.add_argument("--no-history", action="store_true", help="neither read nor keep the lines you type")
-    add_sampling(parser, max_new_tokens=256)
-    parser.set_defaults(temperature=0.3)
+    add_sampling(parser, max_new_tokens=256, temperature=0.3)
 
 
 def run(arguments: argparse.Namespace) -> None:
