@@ -23,6 +23,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system message")
     parser.add_argument("--load", metavar="FILE", help="go on from a conversation that /save has written")
     parser.add_argument("--once", metavar="PROMPT", help="print one answer and leave; - reads the question from stdin")
+    parser.add_argument(
+        "--history-file", type=Path, metavar="FILE",
+        help="where the lines you type are kept (default: chat_history in MOAI_CACHE)",
+    )  # fmt: skip
     parser.add_argument("--no-history", action="store_true", help="neither read nor keep the lines you type")
     add_sampling(parser, max_new_tokens=256, temperature=0.3)
 
@@ -52,5 +56,5 @@ def run(arguments: argparse.Namespace) -> None:
         return
     if told and sys.stdin.isatty():
         print(told, file=sys.stderr)
-    history = None if arguments.no_history else Path(cache_dir()) / "chat_history"
+    history = None if arguments.no_history else arguments.history_file or Path(cache_dir()) / "chat_history"
     run_terminal(chat, commands, history)

@@ -173,7 +173,7 @@ class Pty:
     a fresh one.
     """
 
-    def __init__(self, fresh: bool, *arguments: str, **environment: str) -> None:
+    def __init__(self, fresh: bool, *arguments: str) -> None:
         import pty
 
         words, self.output = ["chat", *arguments], ""
@@ -183,7 +183,7 @@ class Pty:
         if self.pid:
             return
         try:
-            os.environ.update(TERM="xterm", LC_ALL="C.UTF-8", PYTHONPATH=str(ROOT), **environment)
+            os.environ.update(TERM="xterm", LC_ALL="C.UTF-8", PYTHONPATH=str(ROOT))
             os.environ.pop("NO_COLOR", None)
             if fresh:
                 os.execv(sys.executable, [sys.executable, "-m", "moai_llm", *words])
@@ -234,10 +234,21 @@ def test_in_a_real_terminal(fresh: bool, tokenizer: Tokenizer, tmp_path: Path) -
     pytest.importorskip("readline")
     model = tiny_model(vocab_size=512, layer_types=["linear_attention", "full_attention"]).float()
     model.config.max_position_embeddings = 100_000
+    file = tmp_path / "new" / "history"
     model.save_pretrained(tmp_path / "model")
     tokenizer.save(tmp_path / "model")
-    arguments = (str(tmp_path / "model"), "--max-new-tokens", "20000", "--seed", "1", "--device", "cpu")
-    here = Pty(fresh, *arguments, MOAI_CACHE=str(tmp_path / "cache"))
+    arguments = (
+        str(tmp_path / "model"),
+        "--max-new-tokens",
+        "20000",
+        "--seed",
+        "1",
+        "--device",
+        "cpu",
+        "--history-file",
+        str(file),
+    )
+    here = Pty(fresh, *arguments)
     assert "context 100,000" in here.until(READY)
     here.type("/set max_new_tokens=6\r")
     here.until("max_new_tokens = 6")
@@ -263,11 +274,10 @@ def test_in_a_real_terminal(fresh: bool, tokenizer: Tokenizer, tmp_path: Path) -
     assert "user: 이자가 뭐예요!" in shown
     here.until(READY)
     assert here.leave() == 0
-    file = tmp_path / "cache" / "chat_history"
     assert file.read_text(encoding="utf-8").splitlines()[:2] == ["/set max_new_tokens=6", "이자가 뭐예요!"]
     assert file.stat().st_mode & 0o77 == 0  # nobody else reads what was asked
 
-    there = Pty(fresh, *arguments, MOAI_CACHE=str(tmp_path / "cache"))
+    there = Pty(fresh, *arguments)
     there.until(READY)
     there.type(f"/load {tmp_path / 'talk.json'}\r")
     there.until("2 questions")
