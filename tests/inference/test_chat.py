@@ -67,6 +67,20 @@ def test_every_preset_talks_and_computes_only_what_is_new(name: str, tokenizer: 
     assert computed(chat) == turn.prompt > 2 * (new + 3)
 
 
+@pytest.mark.parametrize("mixer", ["full_attention", "linear_attention"])
+def test_what_is_taken_back_is_not_computed_again(mixer: str, tokenizer: Tokenizer) -> None:
+    chat = Chat(TextModel(tiny_model(mixer, vocab_size=512), tokenizer, Path("here")), Sampling(8, seed=1))
+    for question in ("What is interest on a deposit? " * 3, "Why?"):
+        list(chat.say(question))
+    new = len(render(tokenizer, [{"role": "user", "content": "Why?"}], add_generation_prompt=True).ids) + 3
+    for again in (chat.retry, lambda: chat.retry("How?"), lambda: (chat.undo(), chat.say("Who?"))[1]):
+        list(again())
+        assert chat.last is not None and chat.last.prompt - chat.last.reused <= new < chat.last.prompt // 2
+    chat.set_system("Be brief.")  # control
+    list(chat.retry())
+    assert chat.last is not None and chat.last.prompt - chat.last.reused > new
+
+
 def test_text_in_other_tokens_is_computed_again(chat: Chat, tokenizer: Tokenizer) -> None:
     """The control of the test above: rendered from the text alone, a drawn answer has other tokens."""
     chat.sampling = Sampling(16, seed=1, top_k=0, top_p=1.0, temperature=1.5)
