@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from moai_llm.inference.sampling import Sampling
 
 
-def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 128) -> None:
+def add_sampling(parser: argparse.ArgumentParser, max_new_tokens: int = 128, temperature: float = 0.8) -> None:
     """A flag for each field of `Sampling` but `logprobs`, which only some commands show."""
     add = parser.add_argument
     add("--max-new-tokens", type=int, default=max_new_tokens, help=f"the longest answer (default {max_new_tokens})")
-    add("--temperature", type=float, default=0.8, help="0 is greedy (default 0.8)")
+    add("--temperature", type=float, default=temperature, help=f"0 is greedy (default {temperature})")
     add("--top-k", type=int, default=50, help="only the most likely tokens (default 50); 0 keeps all")
     add("--top-p", type=float, default=0.95, help="only the smallest set that holds this probability (default 0.95)")
     add("--min-p", type=float, default=0.0, help="only tokens at least this times as likely as the most likely one")

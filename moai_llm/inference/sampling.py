@@ -55,6 +55,7 @@ class Sampling:
             "presence_penalty": abs(self.presence_penalty) < torch.inf,
             "frequency_penalty": abs(self.frequency_penalty) < torch.inf,
             "stop": all(self.stop) and not isinstance(self.stop, str), "logprobs": (self.logprobs or 0) >= 0,
+            "seed": -(2**63) <= (self.seed or 0) < 2**64,
         }  # fmt: skip
         for name, fine in checks.items():
             if not fine:

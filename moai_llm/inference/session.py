@@ -26,6 +26,10 @@ class Session:
     Args:
         cache: makes the cache of transformers to use, in place of the engine's own; `kv_cache` of inference/kv gives
             one. Models whose class the engine does not know always take one.
+
+    Attributes:
+        reused: tokens of the last prompt that were not computed again.
+        finished: why the last stream ended: "stop", "length", or "cancelled" where nobody wanted the rest.
     """
 
     def __init__(self, text_model: TextModel, cache: Callable[[], Any] | None = None) -> None:
@@ -40,6 +44,13 @@ class Session:
         self._fed: list[int] = []
         self._cache: Any = None
         self._rope = 0
+        self.reused, self.finished, self._unwanted = 0, "", False
+
+    def cancel(self) -> None:
+        """End the running stream before its next token, also while it reads its prompt. A signal handler may call it:
+        nothing is torn, and what was computed stays.
+        """
+        self._unwanted = True
 
     def stream(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
         """Yield new tokens after `prompt` (all tokens from the beginning) until a stop token, which is not yielded,
@@ -48,18 +59,20 @@ class Session:
         Raises:
             MoaiError: an empty prompt, or one that leaves no room for an answer.
         """
+        self.reused, self.finished, self._unwanted = 0, "cancelled", False
         if self._engine is None:
             yield from self._over_cache(prompt, sampling)
             return
         request = self._engine.submit(prompt, sampling)
         try:
-            while request.finished is None:
+            while request.finished is None and not self._unwanted:
                 for event in self._engine.step():
                     if event.request is request and event.token is not None:
                         yield event.token
         finally:  # whoever stops reading ends the request
             self._engine.cancel(request)
             self._engine.step()
+            self.reused, self.finished = request.reused, request.finished or "cancelled"
 
     @torch.inference_mode()
     def _over_cache(self, prompt: list[int], sampling: Sampling) -> Iterator[int]:
@@ -72,9 +85,12 @@ class Session:
             assert self._make is not None
             self._fed, self._cache = [], self._make()
         limit = sampling.max_new_tokens
-        learned = getattr(model.config, "position_embedding", "rope") == "learned"
-        bounded = learned or (fits_slots(model.config) and not getattr(self._cache, "endless", False))
-        context = context_of(self.text_model) if bounded else None
+        learned, endless = ours and model.config.position_embedding == "learned", getattr(self._cache, "endless", False)
+        context: int | None = None
+        if not ours:  # positions of other people's classes may be learned too: none goes past what it was made for
+            context = self.text_model.context
+        elif learned or (fits_slots(model.config) and not endless):
+            context = context_of(self.text_model)
         if context is not None:
             limit = min(limit, context - len(prompt))
             if limit < 1:
@@ -91,22 +107,28 @@ class Session:
             assert self._make is not None
             self._fed, self._cache = [], self._make()
         self._rope = rope
-        pending, stops = prompt[len(self._fed) :], set(tokenizer.stop_ids)
+        self.reused = len(self._fed)
+        pending, stops = prompt[self.reused :], set(tokenizer.stop_ids)
         for _ in range(limit):
             for start in range(0, len(pending), PREFILL_CHUNK):
+                if self._unwanted:
+                    return
                 part = pending[start : start + PREFILL_CHUNK]
                 ids = torch.tensor([part], device=model.device)
                 output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **ahead)
                 self._fed += part
             token = choose(output.logits[:, -1, : tokenizer.vocab_size].float(), [draw])[0].token
             if token in stops:
+                self.finished = "stop"
                 return
             draw.add(token)
             text.push(token)
             pending = [token]
             yield token
             if text.stopped:
+                self.finished = "stop"
                 return
+        self.finished = "length"
 
 
 def _cache_of(config: Any) -> Any:
