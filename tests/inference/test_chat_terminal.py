@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import locale
 import os
@@ -186,6 +187,7 @@ class Pty:
         import pty
 
         words, self.output = ["chat", *arguments], ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end within a character
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads; the child has one
             self.pid, self.master = pty.fork()
@@ -222,7 +224,7 @@ class Pty:
             assert time.monotonic() < end, f"{pattern} is not in {self.output!r}"
             if select.select([self.master], [], [], 0.1)[0]:
                 try:
-                    self.output += os.read(self.master, 65536).decode("utf-8", "replace")
+                    self.output += self.decoder.decode(os.read(self.master, 65536))
                 except OSError:  # the other end is gone
                     raise AssertionError(f"it ended after {self.output!r}") from None
         seen, self.output = self.output[: found.end()], self.output[found.end() :]
