@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> None:
     question = sys.stdin.read().strip() if arguments.once == "-" else arguments.once
     if question is not None and not question.strip():
         raise MoaiError("--once needs a question")
+    if question is None and sys.stdin.isatty():
+        print(f"loading {arguments.model} ...", file=sys.stderr, flush=True)
     from moai_llm.inference.chat import Chat, require_template
     from moai_llm.inference.chat_commands import Commands
     from moai_llm.inference.chat_terminal import run_once, run_terminal

@@ -119,8 +119,8 @@ class Chat:
 
     def set_system(self, text: str | None) -> None:
         """Another system message for the same conversation. All of it is then computed again."""
-        rest = self.messages[1:] if self.system else self.messages
-        self.put([*([{"role": "system", "content": text}] if text else []), *rest], self.tools)
+        system = [{"role": "system", "content": text}] if text else []
+        self.put([*system, *self.messages[_first(self.messages) :]], self.tools)
 
     def undo(self) -> str | None:
         """Take the last question back, with what came after it; returns it."""
@@ -151,7 +151,7 @@ class Chat:
         if place is None:
             raise MoaiError("there is no question yet")
         question = {"role": "user", "content": self.question if text is None else text}
-        self._again = self._again + 1 if text is None else 0
+        self._again = self._again + 1 if text is None and not self.open else 0
         seed = self.sampling.seed
         sampling = self.sampling if seed is None else replace(self.sampling, seed=(seed + self._again) % 2**63)
         yield from self._answer([*self.messages[:place], question], sampling)
@@ -195,7 +195,7 @@ class Chat:
         """Forget the messages from here on."""
         self.messages = self.messages[:place]
         self._said = {i: said for i, said in self._said.items() if i < place}
-        if self.left_out >= place - bool(self.system):
+        if self.left_out >= place - _first(self.messages):
             self.left_out = 0
 
     # ---------------------------------------------------------------- what the model sees
@@ -212,7 +212,7 @@ class Chat:
         """The rendered conversation, and how many messages it leaves out. When it becomes too long, the oldest
         exchanges go until a quarter of the room is free: each time that something goes, the rest is computed again.
         """
-        first = 1 if messages[0]["role"] == "system" else 0
+        first = _first(messages)
         left_out = self.left_out if first + self.left_out < len(messages) else 0
         ids = self._rendered(messages, first, left_out)
         goal = self.room
@@ -248,6 +248,11 @@ class Chat:
                 result += ids[start:end]
             done = end
         return result + ids[done:]
+
+
+def _first(messages: Sequence[Message]) -> int:
+    """Where the turns begin: after the system message, if there is one."""
+    return 1 if messages and messages[0]["role"] == "system" else 0
 
 
 def _runs(learn: list[bool]) -> list[tuple[int, int]]:

@@ -97,9 +97,9 @@ class Commands:
 
     def _retry(self, _: str) -> Outcome:
         self._require_question()
-        if self.chat.sampling.temperature == 0 and not self.chat.open:
-            raise MoaiError("at temperature 0 the answer would be the same: /set temperature=0.7 first")
-        return Outcome(again=True)
+        greedy = self.chat.sampling.temperature == 0 and not self.chat.open
+        note = "at temperature 0 nothing is drawn: /set temperature=0.7 for another answer" if greedy else ""
+        return Outcome(note, again=True)
 
     def _edit(self, text: str) -> Outcome:
         question = self._require_question()
@@ -126,7 +126,7 @@ class Commands:
         return Outcome(f"{name} = {_value(value)}")
 
     def _history(self, _: str) -> Outcome:
-        lines, first = [], 1 if self.chat.system else 0
+        lines, first = [], sum(message["role"] == "system" for message in self.chat.messages[:1])
         for i, message in enumerate(self.chat.messages):
             hidden = " (left out)" if first <= i < first + self.chat.left_out else ""
             calls = f" {json.dumps(message['tool_calls'], ensure_ascii=False)}" if message.get("tool_calls") else ""

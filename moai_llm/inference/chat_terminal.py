@@ -105,7 +105,7 @@ def run_terminal(chat: Chat, commands: Commands | None = None, history: Path | N
             line = source.read()
         except EOFError:
             if terminal.person:
-                terminal.note("")
+                terminal.note("", dim=False)
             return
         except KeyboardInterrupt:
             if not terminal.person:

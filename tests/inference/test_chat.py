@@ -184,6 +184,9 @@ def test_another_system_message_for_the_same_conversation(chat: Chat) -> None:
     assert chat.messages[0]["content"] == "Be long." and len(chat.messages) == 3
     chat.set_system(None)
     assert [m["role"] for m in chat.messages] == ["user", "assistant"] and chat.system is None
+    chat.put([{"role": "system", "content": ""}, *chat.messages])  # as a file may have it
+    chat.set_system("Be brief.")
+    assert [m["content"] for m in chat.messages][:2] == ["Be brief.", "hi"]
 
 
 @pytest.mark.parametrize("name", ["chatml", "llama3", "gemma"])

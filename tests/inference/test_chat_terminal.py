@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import locale
 import os
@@ -13,6 +14,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,14 @@ def test_on_a_screen(chat: Chat, typed: Callable[..., None], monkeypatch: pytest
     assert "tokens/s" in output and "\x1b" not in output
 
 
+def test_typed_and_written_to_a_file(chat: Chat, typed: Callable[..., None], capsys: Capture) -> None:
+    typed("hello\n/oops\n/set seed=1\nwhy?\n", keyboard=True, screen=False)
+    run_terminal(chat)
+    output, errors = capsys.readouterr()
+    assert output == "".join(m["content"] + "\n" for m in chat.messages if m["role"] == "assistant")
+    assert "> " in errors and "there is no /oops" in errors and "seed = 1" in errors and "\x1b" not in errors
+
+
 def test_a_block_that_is_never_closed(typed: Callable[..., None]) -> None:
     typed('"""one line"""\n""" a\nb"""\nx\\\n')
     source = Input(False, False)
@@ -177,6 +187,7 @@ class Pty:
         import pty
 
         words, self.output = ["chat", *arguments], ""
+        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")  # a read may end within a character
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads; the child has one
             self.pid, self.master = pty.fork()
@@ -187,7 +198,8 @@ class Pty:
             os.environ.pop("NO_COLOR", None)
             if fresh:
                 os.execv(sys.executable, [sys.executable, "-m", "moai_llm", *words])
-            locale.setlocale(locale.LC_ALL, "C.UTF-8")
+            with suppress(locale.Error):  # readline asks it how wide a character is
+                locale.setlocale(locale.LC_ALL, "C.UTF-8")
             signal.signal(signal.SIGINT, signal.default_int_handler)
             sys.stdin, sys.stdout, sys.stderr = (
                 io.TextIOWrapper(io.FileIO(fd, mode), encoding="utf-8", line_buffering=True)
@@ -212,7 +224,7 @@ class Pty:
             assert time.monotonic() < end, f"{pattern} is not in {self.output!r}"
             if select.select([self.master], [], [], 0.1)[0]:
                 try:
-                    self.output += os.read(self.master, 65536).decode("utf-8", "replace")
+                    self.output += self.decoder.decode(os.read(self.master, 65536))
                 except OSError:  # the other end is gone
                     raise AssertionError(f"it ended after {self.output!r}") from None
         seen, self.output = self.output[: found.end()], self.output[found.end() :]
