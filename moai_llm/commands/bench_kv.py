@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -40,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
             raise MoaiError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least {least}")
     asked = [name.strip() for name in arguments.kinds.split(",")] if arguments.kinds else []
     check_settings(arguments, set(asked) if asked else set(KINDS))
-    text = arguments.text.read_text(encoding="utf-8") if arguments.text else _sample()
+    text = _read(arguments.text) if arguments.text else _sample()
     from moai_llm.inference.kv.bench import bench, parse_kind
     from moai_llm.inference.kv.options import KVOptions
     from moai_llm.inference.load import load_model
@@ -57,13 +59,14 @@ def run(arguments: argparse.Namespace) -> None:
         raise MoaiError("nothing to predict: the text has fewer than two tokens")
     console = make_console()
     kinds = asked or _possible(model.model, options)
-
-    def tell(what: str) -> None:
-        if not arguments.json:
-            console.print(what, end="\r" if console.is_terminal else "\n", highlight=False)
-
-    rows = bench(model.model, ids, kinds, options, arguments.prompt_tokens, arguments.new_tokens, arguments.chunk,
-                 arguments.rounds, tell)  # fmt: skip
+    with ExitStack() as stack:
+        tell: Callable[[str], object] = lambda _: None  # noqa: E731
+        if console.is_terminal and not arguments.json:
+            tell = stack.enter_context(console.status("")).update
+        elif not arguments.json:
+            tell = console.print
+        rows = bench(model.model, ids, kinds, options, arguments.prompt_tokens, arguments.new_tokens, arguments.chunk,
+                     arguments.rounds, tell)  # fmt: skip
     if arguments.json:
         print(json.dumps({"model": str(model.path), "text_tokens": len(ids), "rows": [asdict(row) for row in rows]}))
         return
@@ -73,6 +76,13 @@ def run(arguments: argparse.Namespace) -> None:
         f"{total:,} tokens; speed of {arguments.new_tokens} tokens after {arguments.prompt_tokens}, median of "
         f"{arguments.rounds} rounds in turns"
     )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise MoaiError(f"--text {path} is not UTF-8 text: {error}") from None
 
 
 def _sample() -> str:

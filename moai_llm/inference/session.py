@@ -93,8 +93,9 @@ class Session:
         self._rope = rope
         pending, stops = prompt[len(self._fed) :], set(tokenizer.stop_ids)
         for _ in range(limit):
-            for start in range(0, len(pending), PREFILL_CHUNK):
-                part = pending[start : start + PREFILL_CHUNK]
+            size = PREFILL_CHUNK if ours else len(pending)  # states of other classes may not go on with several tokens
+            for start in range(0, len(pending), size):
+                part = pending[start : start + size]
                 ids = torch.tensor([part], device=model.device)
                 output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **ahead)
                 self._fed += part
