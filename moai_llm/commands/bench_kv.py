@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,26 +23,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="text for the perplexity; default a sample in English"
     )
-    parser.add_argument("--prompt-tokens", type=int, default=512, help="of the text, before the new ones (default 512)")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens that are timed (default 64)")
+    parser.add_argument(
+        "--prompt-tokens", type=int, metavar="N", help="before the new ones; default 512, or what the context leaves"
+    )
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="tokens that are timed (default 64)")
     parser.add_argument(
         "--kinds", metavar="LIST",
         help=f"some of {','.join(KINDS)}, or policies as sinks:4+window:256; default what this model can have",
     )  # fmt: skip
-    parser.add_argument("--chunk", type=int, default=32, help="tokens at once through the cache, for perplexity (32)")
-    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of the timing (default 3)")
+    parser.add_argument(
+        "--chunk", type=int, default=32, metavar="N", help="tokens at once through the cache, for perplexity (32)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="interleaved rounds of the timing (default 3)"
+    )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     add_kv_settings(parser)
     add_device(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    for name, least in (("prompt_tokens", 1), ("new_tokens", 1), ("chunk", 1), ("rounds", 1)):
-        if getattr(arguments, name) < least:
-            raise MoaiError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: at least {least}")
+    for name in ("prompt_tokens", "new_tokens", "chunk", "rounds"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise MoaiError(f"--{name.replace('_', '-')} {value}: at least 1")
     asked = [name.strip() for name in arguments.kinds.split(",")] if arguments.kinds else []
     check_settings(arguments, set(asked) if asked else set(KINDS))
-    text = arguments.text.read_text(encoding="utf-8") if arguments.text else _sample()
+    text = _read(arguments.text) if arguments.text else _sample()
     from moai_llm.inference.kv.bench import bench, parse_kind
     from moai_llm.inference.kv.options import KVOptions
     from moai_llm.inference.load import load_model
@@ -49,7 +58,8 @@ def run(arguments: argparse.Namespace) -> None:
         parse_kind(name)
     options = KVOptions(**settings_of(arguments))
     model = load_model(arguments.model, arguments.device, arguments.dtype)
-    total = arguments.prompt_tokens + arguments.new_tokens
+    prompt = arguments.prompt_tokens or max(1, min(512, model.context - arguments.new_tokens))
+    total = prompt + arguments.new_tokens
     if total > model.context:
         raise MoaiError(f"--prompt-tokens and --new-tokens are {total} tokens; this model takes {model.context}")
     ids = model.tokenizer.encode(text)[:total]
@@ -57,22 +67,30 @@ def run(arguments: argparse.Namespace) -> None:
         raise MoaiError("nothing to predict: the text has fewer than two tokens")
     console = make_console()
     kinds = asked or _possible(model.model, options)
-
-    def tell(what: str) -> None:
-        if not arguments.json:
-            console.print(what, end="\r" if console.is_terminal else "\n", highlight=False)
-
-    rows = bench(model.model, ids, kinds, options, arguments.prompt_tokens, arguments.new_tokens, arguments.chunk,
-                 arguments.rounds, tell)  # fmt: skip
+    with ExitStack() as stack:
+        tell: Callable[[str], object] = lambda _: None  # noqa: E731
+        if console.is_terminal and not arguments.json:
+            tell = stack.enter_context(console.status("")).update
+        elif not arguments.json:
+            tell = console.print
+        rows = bench(model.model, ids, kinds, options, prompt, arguments.new_tokens, arguments.chunk,
+                     arguments.rounds, tell)  # fmt: skip
     if arguments.json:
         print(json.dumps({"model": str(model.path), "text_tokens": len(ids), "rows": [asdict(row) for row in rows]}))
         return
     console.print(_table(rows))
     console.print(
         f"perplexity over {len(ids):,} tokens, {arguments.chunk} at a time through the cache; bytes after "
-        f"{total:,} tokens; speed of {arguments.new_tokens} tokens after {arguments.prompt_tokens}, median of "
+        f"{total:,} tokens; speed of {arguments.new_tokens} tokens after {prompt}, median of "
         f"{arguments.rounds} rounds in turns"
     )
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise MoaiError(f"--text {path} is not UTF-8 text: {error}") from None
 
 
 def _sample() -> str:

@@ -116,3 +116,15 @@ def test_mistakes(model: str, options: list[str], says: str) -> None:
 )
 def test_mistakes_of_the_benchmark(model: str, options: list[str], says: str) -> None:
     assert says in failure("bench", "kv", model, *SHORT, *options)
+
+
+def test_a_short_context_makes_the_prompt_shorter(moai, model: str) -> None:  # type: ignore[no-untyped-def]
+    out = moai("bench", "kv", model, "--kinds", "static", "--new-tokens", "3", "--rounds", "1", *DEVICE)
+    assert "bytes after 128 tokens; speed of 3 tokens after 125" in " ".join(out.split())
+
+
+def test_a_text_that_is_none(model: str, tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"\xff\xfe\x00")
+    assert "is not UTF-8 text" in failure("bench", "kv", model, "--text", str(tmp_path / "x"), *SHORT)
+    (tmp_path / "x").write_text("")
+    assert "fewer than two tokens" in failure("bench", "kv", model, "--text", str(tmp_path / "x"), *SHORT)

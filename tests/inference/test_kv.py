@@ -18,6 +18,7 @@ from moai_llm.inference.kv.mapped import MappedLayer
 from moai_llm.inference.kv.offload import OffloadedLayer, chain
 from moai_llm.inference.kv.quantized import QuantizedLayer, dequantize, quantize, value_group
 from moai_llm.inference.kv.size import held_bytes, predicted_bytes
+from moai_llm.ops.attention import attention_reference
 from moai_llm.runtime import MoaiError
 from tests.conftest import tiny_config, tiny_model
 from tests.inference.conftest import KINDS, alone, greedy, ids_model
@@ -182,6 +183,25 @@ def test_fp8_is_off_by_a_sixteenth_at_most(dtype: torch.dtype) -> None:
     bound = torch.maximum(x.double().abs() / 16, scale.double() * 2**-10) + slack
     assert (off <= bound).all()
     assert (off > x.double().abs() / 40).any()  # control: it is not exact either
+
+
+@pytest.mark.parametrize("bits", (8, 4))
+def test_attention_is_off_by_what_the_steps_allow(bits: int) -> None:
+    """A score is off by at most e = sum over channels of |q| x half a step, so a weight by a factor of exp(2 e) at
+    most, and the output by that share of the largest value, and half a step of a value.
+    """
+    torch.manual_seed(8)
+    q, k, v = (0.5 * torch.randn(1, 2, 9, 8, dtype=torch.float64) for _ in range(3))
+    q = q[:, :, 8:]
+    layer = QuantizedLayer(bits, group=4, residual=0)
+    layer.update(k[:, :, :8], v[:, :, :8])
+    off = (layer.attend(q, k[:, :, 8:], v[:, :, 8:]) - attention_reference(q, k, v, None, None, None, 8**-0.5)).abs()
+    groups = k[:, :, :8].unflatten(2, (2, 4))
+    step = (groups.amax(3) - groups.amin(3)) / (2**bits - 1)  # (1, 2, groups, channels)
+    e = ((q.abs() * step / 2).sum(-1) * 8**-0.5).amax(-1)[..., None, None]
+    of_values = (v[:, :, :8].amax(-1) - v[:, :, :8].amin(-1)).amax(-1)[..., None, None] / (2**bits - 1) / 2
+    bound = ((2 * e).exp() - 1) * v.abs().amax((2, 3), keepdim=True) + of_values + 1e-6
+    assert (off <= bound).all() and float((off / bound).max()) > 0.02  # control: what is stored is not exact
 
 
 @pytest.mark.parametrize("residual", (0, 6))

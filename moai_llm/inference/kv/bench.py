@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from moai_llm.config import MoaiConfig
 from moai_llm.inference.kv import KV_CACHES, make_cache
 from moai_llm.inference.kv.keep import Keep, parse_keep
 from moai_llm.inference.kv.options import KVOptions
@@ -72,7 +73,7 @@ def bench(
     new_tokens: int = 64,
     chunk: int = 32,
     rounds: int = 3,
-    tell: Callable[[str], None] = lambda _: None,
+    tell: Callable[[str], object] = lambda _: None,
 ) -> list[Row]:
     """A row for each kind, the dynamic cache first.
 
@@ -81,7 +82,14 @@ def bench(
             short, is the prompt of the speed.
         chunk: tokens that go through the cache at once while perplexity is measured.
         tell: is told what is being done.
+
+    Raises:
+        MoaiError: a model of another class, whose sizes and chunks are not known here, or a kind it cannot have.
     """
+    if not isinstance(model.config, MoaiConfig):
+        raise MoaiError(
+            f"a model of type {model.config.model_type} is not one of ours: bring it here with `moai import`"
+        )
     kinds = [BASE, *dict.fromkeys(kind for kind in kinds if kind != BASE)]
     length = max(len(ids), prompt_tokens + new_tokens)
     options = replace(options, length=length, device=str(model.device))
@@ -147,5 +155,7 @@ def _decode(model: Any, prompt: list[int], count: int, cache: Cache, length: int
 
 def _feed(model: Any, tokens: Tensor, cache: Cache, length: int, keep: int) -> Tensor:
     """(L or keep, V)"""
-    ahead = {"rope_length": length} if model.config.model_type == "moai" else {}
-    return model(input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=keep, **ahead).logits[0]
+    output = model(
+        input_ids=tokens[None], past_key_values=cache, use_cache=True, logits_to_keep=keep, rope_length=length
+    )
+    return output.logits[0]

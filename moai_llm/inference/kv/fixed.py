@@ -13,8 +13,10 @@ from moai_llm.runtime import MoaiError
 
 
 class FixedCache(StaticCache):
-    """Args:
-    length: tokens it has room for.
+    """Room for so many tokens, from the first one on.
+
+    Args:
+        length: tokens it has room for.
     """
 
     def __init__(self, config: Any, length: int) -> None:

@@ -17,9 +17,11 @@ from moai_llm.ops.attention import visible
 
 
 class HeavyLayer(Layer):
-    """Args:
-    heavy: keys that stay because of their mass, for each head of keys.
-    window: latest keys that stay.
+    """The heaviest keys and the last ones, with their mass.
+
+    Args:
+        heavy: keys that stay because of their mass, for each head of keys.
+        window: latest keys that stay.
     """
 
     held = ("keys", "values", "mass")

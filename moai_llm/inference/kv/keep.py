@@ -29,8 +29,10 @@ class Keep:
 
 
 def parse_keep(text: str) -> Keep:
-    """Raises:
-    MoaiError: it is not one of the three forms, with numbers above 0.
+    """What a policy says.
+
+    Raises:
+        MoaiError: it is not one of the three forms, with numbers above 0.
     """
     found = re.fullmatch(r"(?:(sinks|heavy):(\d+)\+)?window:(\d+)", text)
     if found is None:

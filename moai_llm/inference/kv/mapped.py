@@ -64,8 +64,10 @@ class _File:
 
 
 class MappedLayer(StreamedLayer):
-    """Args:
-    directory: where the file lies; the system's place for temporary files when None.
+    """Every token, in a file.
+
+    Args:
+        directory: where the file lies; the system's place for temporary files when None.
     """
 
     def __init__(self, directory: Path | None = None) -> None:

@@ -3,8 +3,8 @@ are.
 
 A few channels of keys are large in every token, so a group of keys is one channel over `group` tokens; values have no
 such channels, so their group is one token over `group` channels. A group is stored as its minimum, its step, and whole
-numbers of steps, so no number is off by more than half a step. The last `residual` tokens stay as they are (section
-4.1 there: without them, reasoning suffers most), until `group` more have come.
+numbers of steps, so no number is off by more than half a step, beyond rounding. The last `residual` tokens stay as they
+are, until `group` more have come.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def quantize(x: Tensor, bits: int, dim: int, group: int) -> tuple[Tensor, Tensor
     low, high = groups.amin(dim + 1, keepdim=True), groups.amax(dim + 1, keepdim=True)
     levels = 2**bits - 1
     stored = x.dtype if x.element_size() == 2 else torch.float32
-    limits = torch.stack([low, (high.double() - low.double()).to(x.dtype) / levels]).to(stored)
+    limits = torch.stack([low.double(), (high.double() - low.double()) / levels]).to(stored)
     # steps are counted with the limits as they are stored, so that their rounding is not added to the numbers' own
     start, step = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in limits)
     whole = ((groups - start) / torch.where(step > 0, step, 1)).round().clamp(0, levels)
@@ -58,10 +58,12 @@ def value_group(group: int, width: int) -> int:
 
 
 class QuantizedLayer(StreamedLayer):
-    """Args:
-    bits: 8 or 4.
-    group: tokens, and channels, that share a minimum and a step; even.
-    residual: the latest tokens that stay as they are.
+    """Groups of numbers and their steps, and the latest tokens as they are.
+
+    Args:
+        bits: 8 or 4.
+        group: tokens, and channels, that share a minimum and a step; even.
+        residual: the latest tokens that stay as they are.
     """
 
     held = ("k_numbers", "k_limits", "v_numbers", "v_limits", "k_latest", "v_latest")

@@ -14,8 +14,10 @@ from moai_llm.ops.attention import attention
 
 
 class RingLayer(Layer):
-    """Args:
-    window: a query sees this many keys, itself included.
+    """The last keys, in no order.
+
+    Args:
+        window: a query sees this many keys, itself included.
     """
 
     held = ("keys", "values")

@@ -21,10 +21,12 @@ Turn = Callable[[Tensor, Tensor], Tensor]  # queries (B, H, L, d), positions (L,
 
 
 class WindowLayer(Layer):
-    """Args:
-    window: latest keys that a query sees, itself included.
-    sinks: first keys of the text that every query sees.
-    turn: how queries are turned back by positions; None leaves them.
+    """The first keys and the last ones.
+
+    Args:
+        window: latest keys that a query sees, itself included.
+        sinks: first keys of the text that every query sees.
+        turn: how queries are turned back by positions; None leaves them.
     """
 
     held = ("first_keys", "first_values", "keys", "values")
