@@ -110,19 +110,11 @@ class Session:
         self.reused = len(self._fed)
         pending, stops = prompt[self.reused :], set(tokenizer.stop_ids)
         for _ in range(limit):
-<<<<<<< HEAD
-            for start in range(0, len(pending), PREFILL_CHUNK):
-                if self._unwanted:
-                    return
-                part = pending[start : start + PREFILL_CHUNK]
-||||||| 7aa82f1
-            for start in range(0, len(pending), PREFILL_CHUNK):
-                part = pending[start : start + PREFILL_CHUNK]
-=======
             size = PREFILL_CHUNK if ours else len(pending)  # states of other classes may not go on with several tokens
             for start in range(0, len(pending), size):
+                if self._unwanted:
+                    return
                 part = pending[start : start + size]
->>>>>>> kv
                 ids = torch.tensor([part], device=model.device)
                 output = model(input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1, **ahead)
                 self._fed += part
