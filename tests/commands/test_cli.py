@@ -133,7 +133,7 @@ def test_the_examples_of_train_help(moai: Moai) -> None:
     """Each is taken as it stands, and says exactly once how long to train."""
     lines = [line for line in (train.__doc__ or "").splitlines() if line.startswith("moai train moai")]
     lines = [line for line in lines if not line.endswith("--test")]  # which says by itself how long
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
         tree = yaml.safe_load(moai(*shlex.split(line)[1:], "--show"))
         assert sum(tree["train"][name] is not None for name in ("steps", "tokens", "epochs")) == 1
@@ -208,8 +208,8 @@ def test_mistakes(fails: Moai, arguments: list[str], message: str) -> None:
         (["eval", "perplexity", "m", "--windw", "3"], "did you mean '--window'?"),
         (["tokenizer", "trane"], "invalid choice: 'trane'"),
         (["tokenizer"], "required: {train,extend,show,report,transfer,template}"),
-        (["data"], "required: {prepare,schema,merge,verify,info,show,clean,dedup,contamination}"),
-        (["eval"], "required: {perplexity,tasks,experts,long,compare,schema}"),
+        (["data"], "required: {prepare,schema,merge,verify,info,show,clean,dedup,contamination,mine}"),
+        (["eval"], "required: {perplexity,tasks,experts,long,retrieval,sts,compare,schema}"),
         (["generate", "m", "--prompt", "x", "--top-k", "many"], "invalid int value: 'many'"),
     ],
 )

@@ -60,7 +60,7 @@ def ask_and_signal(port: int, pid: int, found: list[str]) -> None:
             assert time.monotonic() < end
             time.sleep(0.02)
     assert json.loads(connection.getresponse().read())["data"][0]["id"] == "chat"
-    body = json.dumps({"prompt": "secret words", "max_tokens": 4000, "temperature": 1, "seed": 1, "stream": True})
+    body = json.dumps({"prompt": "secret words", "max_tokens": 4000, "temperature": 0, "stream": True})
     connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
     answer, reader = connection.getresponse(), EventReader()
     while not found:
