@@ -87,15 +87,21 @@ def test_every_module_of_ops_is_listed() -> None:
     assert set(dispatch.MODULES) == defining
 
 
-@pytest.mark.parametrize(
-    ("choice", "message"),
-    [
-        ("atention=reference", "no op 'atention' (did you mean 'attention'?); ops are"),
-        ("attention=split,selective_scan=nativ", "no implementation 'nativ' (did you mean 'native'?); it has"),
-        ("attention", "MOAI_OPS is a list of op=implementation, got 'attention'"),
-    ],
-)
-def test_a_wrong_environment_stops_every_command(choice: str, message: str) -> None:
+WRONG = {
+    "atention=reference": "no op 'atention' (did you mean 'attention'?); ops are",
+    "attention=split,selective_scan=nativ": "no implementation 'nativ' (did you mean 'native'?); it has",
+    "attention": "MOAI_OPS is a list of op=implementation, got 'attention'",
+}
+
+
+@pytest.mark.parametrize(("choice", "message"), WRONG.items())
+def test_a_wrong_choice_is_told(choice: str, message: str) -> None:
+    with pytest.raises(MoaiError, match=re.escape(message)):
+        dispatch.check(parse_choice(choice))
+
+
+def test_a_wrong_environment_stops_every_command() -> None:
+    choice, message = next(iter(WRONG.items()))
     environment = {**os.environ, "MOAI_OPS": choice}
     for command in (["ops"], ["recipes", "moai-3b-tiny"]):
         done = subprocess.run(
