@@ -20,7 +20,7 @@ import numpy as np
 
 from moai_llm.runtime import MoaiError, require
 
-TEXTS = 16  # whose pages are kept
+TEXTS = 4  # whose pages are kept
 
 
 class LanguageModel:

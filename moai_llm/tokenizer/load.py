@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -52,12 +53,12 @@ class Tokenizer:
     def __getstate__(self) -> dict[str, Any]:
         """For another process: the twin comes along, and the backend is built there only if something needs it."""
         state = {name: value for name, value in vars(self).items() if name not in ("backend", "_plain")}
-        return {**state, "_twin": self._twin, "_json": self.backend.to_str()}
+        return {**state, "_twin": self._twin, "_packed": zlib.compress(self.backend.to_str().encode(), 1)}
 
     @cached_property
     def backend(self) -> tokenizers.Tokenizer:
         """What defines the tokenizer."""
-        return tokenizers.Tokenizer.from_str(vars(self)["_json"])
+        return tokenizers.Tokenizer.from_str(zlib.decompress(vars(self)["_packed"]).decode())
 
     def __repr__(self) -> str:
         kind = type(self.backend.model).__name__
