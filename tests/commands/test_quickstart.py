@@ -26,7 +26,7 @@ def small(tmp_path: Path) -> list[object]:
     texts.mkdir()
     for i in range(30):
         (texts / f"{i:02d}.txt").write_text(f"Document {i}. " + "Interest is paid on deposits. 이자가 붙어요. " * 20)
-    return ["--text", texts, "--out", tmp_path / "out", "--steps", 4, "--sft-epochs", 0.5, "--vocab-size", 1024]
+    return ["--text", texts, "--out", tmp_path / "out", "--steps", 4, "--sft-epochs", 0.2, "--vocab-size", 1024]
 
 
 def test_own_text_then_again_then_other_options(

@@ -170,6 +170,7 @@ def test_real_domain_text() -> None:
         check(base, extended, text)
 
 
+@pytest.mark.slow
 def test_o200k_base(o200k: Tokenizer) -> None:
     """200,000 merges recovered from ranks, a hole in the ids, control tokens at their places."""
     extended = extend_tokenizer(o200k, DOMAIN, o200k.vocab_size + 30)

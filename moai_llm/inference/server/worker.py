@@ -162,8 +162,8 @@ class Worker:
             logger.exception("the model failed; its answers end, and the engine is made anew")
             self.failures, self._failed = self.failures + 1, time.monotonic()
             lost, self._tickets = list(self._tickets.values()), {}
+            self._engine = self._make_engine()  # before anyone hears of it, so that who tries again is answered
             self._post([(ticket, error) for ticket in lost])
-            self._engine = self._make_engine()
             return
         self.failures = 0
         out: list[tuple[Ticket, News]] = []
