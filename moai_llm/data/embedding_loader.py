@@ -15,7 +15,7 @@ import torch
 
 from moai_llm.data.augment import Augment, view
 from moai_llm.data.embedding_store import ANCHOR, RIGHT, WRONG, read_groups
-from moai_llm.data.group_loader import GroupLoader
+from moai_llm.data.group_loader import GroupLoader, refuse_cutting
 from moai_llm.data.loader import Batch
 from moai_llm.data.packing import Packing, pack
 from moai_llm.data.shards import Store
@@ -54,9 +54,7 @@ class EmbeddingLoader(GroupLoader):
     ) -> None:
         groups = read_groups(store)
         super().__init__(store, seq_len, seed, step_rows, step_rows if packing == "balanced" else 1, pinned)
-        if packing == "concat" or overlong == "split":
-            name = "data.packing=concat" if packing == "concat" else "data.overlong=split"
-            raise MoaiError(f"{name} would cut texts apart that belong together: choose another way")
+        refuse_cutting(packing, overlong, "texts that belong together")
         self.groups, self.augment, self.augment_share = groups, augment, augment_share
         first, last = groups.first[:-1], groups.first[1:]
         rights = np.add.reduceat(groups.role == RIGHT, first)

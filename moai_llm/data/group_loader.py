@@ -15,6 +15,14 @@ from moai_llm.data.balance import rows_of_stream
 from moai_llm.data.loader import Batch
 from moai_llm.data.packing import Packing
 from moai_llm.data.shards import Store
+from moai_llm.runtime import MoaiError
+
+
+def refuse_cutting(packing: str, overlong: str | None, what: str) -> None:
+    """Raises `MoaiError` for ways to make rows that would cut groups apart."""
+    if packing == "concat" or overlong == "split":
+        name = "data.packing=concat" if packing == "concat" else "data.overlong=split"
+        raise MoaiError(f"{name} would cut {what} apart: choose another way")
 
 
 class GroupLoader(ABC):

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from moai_llm.data.group_loader import GroupLoader
+from moai_llm.data.group_loader import GroupLoader, refuse_cutting
 from moai_llm.data.loader import Batch
 from moai_llm.data.packing import Packing, pack
 from moai_llm.data.preference import Pairs
@@ -49,9 +49,7 @@ class PairLoader(GroupLoader):
     ) -> None:
         super().__init__(store, seq_len, seed, step_rows, step_rows if packing == "balanced" else 1, pinned)
         self.pairs = Pairs(store)
-        if packing == "concat" or overlong == "split":
-            name = "data.packing=concat" if packing == "concat" else "data.overlong=split"
-            raise MoaiError(f"{name} would cut pairs of answers apart: choose another way")
+        refuse_cutting(packing, overlong, "pairs of answers")
         lengths = store.lengths().reshape(-1, 2)
         self.kept = self._keep(lengths, overlong or "truncate")
         self.packing: Packing = replace(

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 
 from moai_llm.config import read_config
-from moai_llm.inference.load import resolve_model
+from moai_llm.inference.load import pick_dtype, resolve_model
 from moai_llm.modeling.embedding import MoaiForEmbedding, load_for_vectors
-from moai_llm.runtime import MoaiError, has_fast_bf16, pick_device
+from moai_llm.runtime import pick_device
 from moai_llm.tokenizer import Tokenizer, load_tokenizer
 
 BATCH_TOKENS = 8192  # that go through the model at once
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -55,12 +54,8 @@ def load_embedder(path: str | Path, device: str = "auto", dtype: str = "auto") -
         MoaiError: there is none, or it is not one of ours.
     """
     directory, target = resolve_model(path), pick_device(device)
-    if dtype == "auto":
-        dtype = "bf16" if has_fast_bf16(target) else "fp32"
-    if dtype not in DTYPES:
-        raise MoaiError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
     trained = read_config(directory / "config.json").embedding is not None
-    model = load_for_vectors(directory, dtype=DTYPES[dtype])
+    model = load_for_vectors(directory, dtype=pick_dtype(dtype, target))
     return Embedder(model.to(target).eval(), load_tokenizer(directory), directory, trained)  # type: ignore[arg-type]
 
 

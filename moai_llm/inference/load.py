@@ -52,6 +52,19 @@ def resolve_model(path: str | Path) -> Path:
     raise MoaiError(f"{path}: {what}")
 
 
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """fp32 | bf16 | fp16, or auto: bf16 where the device is faster in it, else fp32.
+
+    Raises:
+        MoaiError: it is none of them.
+    """
+    if name == "auto":
+        name = "bf16" if has_fast_bf16(device) else "fp32"
+    if name not in DTYPES:
+        raise MoaiError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
 def is_for_vectors(path: str | Path) -> bool:
     """Whether a path means a model that was trained to make vectors; it has no head then."""
     try:
@@ -72,10 +85,7 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto") -> T
         dtype: fp32 | bf16 | fp16, or auto: bf16 where the device is faster in it, else fp32.
     """
     target = pick_device(device)
-    if dtype == "auto":
-        dtype = "bf16" if has_fast_bf16(target) else "fp32"
-    if dtype not in DTYPES:
-        raise MoaiError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    wanted = pick_dtype(dtype, target)
     path = Path(path)
     if (path / ADAPTER).is_file() and not (path / "config.json").is_file():
         return _with_adapters(path, device, dtype)
@@ -84,7 +94,7 @@ def load_model(path: str | Path, device: str = "auto", dtype: str = "auto") -> T
     if is_for_vectors(directory):
         raise MoaiError(f"{directory} makes vectors of texts and writes none: use `moai embed`, or a language model")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype])
+        model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=wanted)
     except (OSError, ValueError, KeyError) as error:
         raise MoaiError(f"{directory} cannot be loaded: {error}") from None
     if model.config.vocab_size < tokenizer.vocab_size:

@@ -233,7 +233,7 @@ def test_stores_that_do_not_fit(store: Store, tmp_path: Path, tokenizer: Tokeniz
         EmbeddingLoader(Store(tmp_path / "text"), 64)
     with pytest.raises(MoaiError, match="train on it with loss.type=info_nce"):
         Loader(store, 64)
-    with pytest.raises(MoaiError, match="would cut texts apart"):
+    with pytest.raises(MoaiError, match="would cut texts that belong together apart"):
         EmbeddingLoader(store, 64, packing="concat")
     with pytest.raises(MoaiError, match="can only be merged with each other"):
         merge(make_spec([str(tmp_path / "text"), str(store.path)], None, None, None), tmp_path / "merged")

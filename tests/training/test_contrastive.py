@@ -334,7 +334,7 @@ def test_losses_and_stores_that_do_not_fit(
         (make(f"data.train={alone.with_suffix('')}", "loss.type=pairwise"), "would make all vectors the same"),
         (make_recipe(f"data.train={related.path}"), "for vectors: train on it with loss.type=info_nce"),
         (make(f"data.train={store}"), "holds text, not texts that belong together"),
-        (make("data.packing=concat"), "would cut texts apart"),
+        (make("data.packing=concat"), "would cut texts that belong together apart"),
         (make("loss.params.temperature=0.001"), "temperature 0.001 is below 0.01"),
         (
             make(f"data.train=[{{store: {related.path}, weight: 1}}, {{store: {store}, weight: 1}}]"),
