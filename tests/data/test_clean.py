@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import pickle
+import random
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from moai_llm.data.clean import CleanConfig, Cleaner, Drop, broken_share, clean, config_from_tree, is_code, load_config
 from moai_llm.data.documents import Document, read_documents
 from moai_llm.data.language import by_script, identify
-from moai_llm.data.language_model import TEXTS, language_model
+from moai_llm.data.language_model import Rows, language_model
 from moai_llm.data.quality import BREAKS, Rules, broken_rule
 from moai_llm.data.repetition import Repetition, Repetitions, duplicate_share, reference_repetition
 from moai_llm.data.sources import Reading
@@ -224,14 +226,35 @@ def test_languages_by_the_library() -> None:
     assert sure(GOOD["en"]).rule == "keep_languages"  # type: ignore[union-attr]
 
 
-def test_the_mapped_model_says_what_the_library_says() -> None:
-    """Also after the pages it touched were given back."""
+def test_the_model_read_from_its_file_says_what_the_library_says() -> None:
+    """To the bit, for texts of any script, ends within an n-gram, and bytes that are no text."""
     library = pytest.importorskip("py3langid.langid")
     theirs = library.LanguageIdentifier.from_model_file(library.MODEL_FILE, norm_probs=True)
-    ours, texts = language_model(), ["", "7", "Une route étroite serpente entre des jardins.", *GOOD.values()]
-    for _ in range(TEXTS):
-        for text in texts:
-            assert ours(text) == theirs.classify(text)
+    ours, rng = language_model(), random.Random(0)
+    texts = ["", "7", "é", "\ud800", "UNE ROUTE", "Une route étroite serpente entre des jardins.", *GOOD.values()]
+    texts += [text[i : i + rng.randrange(1, 40)] for text in GOOD.values() for i in range(0, len(text), 31)]
+    texts += ["".join(chr(rng.choice([rng.randrange(32, 1500), rng.randrange(0x3000, 0xD7FF)])) for _ in range(300))]
+    for text in texts * 2:  # the second time with other rows in memory
+        assert ours(text) == theirs.classify(text)
+
+
+def test_rows_of_a_file_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where two of one call have the same place in memory, one of them there already."""
+    monkeypatch.setattr("moai_llm.data.language_model.RECENT", 4)
+    matrix = np.arange(60, dtype=np.float16).reshape(20, 3)
+    np.save(tmp_path / "m.npy", matrix)
+    rows = Rows(tmp_path / "m.npy", 3)
+    assert np.array_equal(rows.block(5, 7), matrix[5:12])
+    for wanted in (
+        [3, 7, 3, 11],
+        [7, 11, 15, 0],
+        [15, 3],
+        [3, 15, 3],
+        [],
+        *np.random.default_rng(0).integers(20, size=(50, 9)),
+    ):
+        index = np.array(wanted, np.int64)
+        assert np.array_equal(rows[index], matrix[index])
 
 
 def test_without_the_library_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
