@@ -1,9 +1,10 @@
 """Many texts at once: requests join and leave the running batch between two steps (iteration-level scheduling, Orca,
 OSDI 2022).
 
-A step is one chunk of a waiting prompt, if there is one, and then one token for every running request. So a long
-prompt delays the others by a chunk at most, and a finished request makes room at once. Nothing is padded and nothing
-is computed twice: a slot of the cache is a row with a length of its own (modeling/slots.py).
+A step is one chunk of waiting prompts, if there are any, and then one token for every running request. Short prompts
+share a chunk, and a forward. So a long prompt delays the others by two chunks at most, and a finished request makes
+room at once. Nothing is padded and nothing is computed twice: a slot of the cache is a row with a length of its own
+(modeling/slots.py).
 
 The engine belongs to one thread. It knows tokens and text, no connections and no files.
 """
@@ -92,7 +93,8 @@ class Engine:
         max_batch: requests that run at the same time; more wait.
         cache_tokens: tokens of finished sequences that are kept for prompts that begin like them; default four
             contexts.
-        prefill_chunk: tokens of a prompt that are computed at once.
+        prefill_chunk: tokens of a prompt that are computed at once, and of several prompts, the last of which may go
+            beyond it.
         prefix_cache: whether anything is kept.
         drafter: guesses tokens while one request runs alone (speculate.py); with several, a guess costs more than it
             saves.
@@ -185,7 +187,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """A chunk of the prompt that is next, and one token for every running request. Returns what happened, in the
+        """A chunk of the prompts that are next, and one token for every running request. Returns what happened, in the
         order in which it did.
         """
         events, self._told = self._told, []

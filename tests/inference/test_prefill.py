@@ -180,7 +180,7 @@ def test_steps_and_reuse_are_those_of_one_by_one(kind: str, chunk: int) -> None:
             told.append((what, [request.reused for request in requests]))
             engines.append(engine)
         assert told[0] == told[1]
-        assert sum(told[0][1]) > 50
+        assert sum(told[0][1]) > (20 if kind == "dynamic" else 50)  # kept keys fit one RoPE choice
         mine, theirs = (dict(vars(engine.counters)) for engine in engines)
         saved += theirs.pop("prefill_forwards") - mine.pop("prefill_forwards")
         assert mine == theirs and theirs["prefill_chunks"] >= 15
@@ -211,7 +211,7 @@ def test_after_a_forward_that_failed(kind: str, monkeypatch: pytest.MonkeyPatch)
     engine = Engine(model, max_batch=4)
     requests = [engine.submit(list(range(i + 1)), greedy(4)) for i in range(6)]
 
-    def fails(*_: Any) -> None:
+    def fails(*_: Any, **__: Any) -> None:
         raise MemoryError
 
     with monkeypatch.context() as patch:
