@@ -1,9 +1,10 @@
 """Many texts at once: requests join and leave the running batch between two steps (iteration-level scheduling, Orca,
 OSDI 2022).
 
-A step is one chunk of a waiting prompt, if there is one, and then one token for every running request. So a long
-prompt delays the others by a chunk at most, and a finished request makes room at once. Nothing is padded and nothing
-is computed twice: a slot of the cache is a row with a length of its own (modeling/slots.py).
+A step is one chunk of waiting prompts, if there are any, and then one token for every running request. Short prompts
+share a chunk, and a forward. So a long prompt delays the others by two chunks at most, and a finished request makes
+room at once. Nothing is padded and nothing is computed twice: a slot of the cache is a row with a length of its own
+(modeling/slots.py).
 
 The engine belongs to one thread. It knows tokens and text, no connections and no files.
 """
@@ -12,14 +13,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moai_llm.inference.load import TextModel
-from moai_llm.inference.prefix import PrefixStore
+from moai_llm.inference.prefix import PrefixStore, shared
 from moai_llm.inference.sampling import Choice, Draw, Sampling, choose
 from moai_llm.inference.speculate import Drafter, Guess, checked
 from moai_llm.inference.text_stream import TextStream
@@ -84,6 +85,7 @@ class Counters:
     guessed_tokens: int = 0
     taken_tokens: int = 0  # of the guessed ones, those that the model would have said as well
     prefill_chunks: int = 0
+    prefill_forwards: int = 0  # over the pieces of one prompt or of several
 
 
 class Engine:
@@ -91,7 +93,8 @@ class Engine:
         max_batch: requests that run at the same time; more wait.
         cache_tokens: tokens of finished sequences that are kept for prompts that begin like them; default four
             contexts.
-        prefill_chunk: tokens of a prompt that are computed at once.
+        prefill_chunk: tokens of a prompt that are computed at once, and of several prompts, the last of which may go
+            beyond it.
         prefix_cache: whether anything is kept.
         drafter: guesses tokens while one request runs alone (speculate.py); with several, a guess costs more than it
             saves.
@@ -184,7 +187,7 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """A chunk of the prompt that is next, and one token for every running request. Returns what happened, in the
+        """A chunk of the prompts that are next, and one token for every running request. Returns what happened, in the
         order in which it did.
         """
         events, self._told = self._told, []
@@ -198,32 +201,54 @@ class Engine:
     def _prefill(self) -> list[Event]:
         events: list[Event] = []
         budget = self.prefill_chunk  # several short prompts make one chunk
-        while budget > 0 and (self._prefilling or (self._waiting and len(self._running) < self.max_batch)):
-            request = self._prefilling or self._admit(self._waiting.popleft())
-            # where a chunk ends depends on the request alone, so that a busy server changes no sum
-            start = request.fed
-            stop = min([len(request.prompt), start + self.prefill_chunk, *(m for m in request.marks if m > start)])
-            logits = self._forward(len(self._running), [request.prompt[start:stop]])
-            budget -= stop - start
-            request.fed = stop
-            self.counters.prefill_chunks += 1
-            if stop in request.marks or stop == len(request.prompt):
-                self._keep(request, len(self._running), request.prompt[:stop])
-            if stop == len(request.prompt):
-                self._prefilling = None
-                self._running.append(request)
-                events += self._chosen([request], choose(logits, [request.draw]))
+        while budget > 0 and (pieces := self._gather(budget)):
+            ended = [request for request, stop in pieces if stop == len(request.prompt)]  # all but perhaps the last
+            first = len(self._running) - len(ended)
+            logits = self._forward_pieces(first, [request.prompt[request.fed : stop] for request, stop in pieces])
+            for row, (request, stop) in enumerate(pieces, first):
+                budget -= stop - request.fed
+                request.fed = stop
+                if stop in request.marks or stop == len(request.prompt):
+                    self._keep(request, row, request.prompt[:stop])
+            events += self._chosen(ended, choose(logits[: len(ended)], [request.draw for request in ended]))
         return events
 
-    def _admit(self, request: Request) -> Request:
-        """Give the request the row after the running ones, with what is known of its beginning."""
-        self._prefilling, row = request, len(self._running)
+    def _gather(self, budget: int) -> list[tuple[Request, int]]:
+        """The pieces of prompts for one forward, each a request and where its piece ends. They are in the rows behind
+        those that ran; the next prompt joins where the one before it ends within the budget.
+        """
+        pieces: list[tuple[Request, int]] = []
+        while budget > 0 and (request := self._prefilling or self._admit([joined for joined, _ in pieces])):
+            # where a piece ends depends on its request alone, whatever else the server does
+            start = request.fed
+            stop = min([len(request.prompt), start + self.prefill_chunk, *(m for m in request.marks if m > start)])
+            pieces.append((request, stop))
+            budget -= stop - start
+            if stop < len(request.prompt):
+                break
+            self._prefilling = None
+            self._running.append(request)
+        self.counters.prefill_chunks += len(pieces)
+        self.counters.prefill_forwards += bool(pieces)
+        return pieces
+
+    def _admit(self, beside: list[Request]) -> Request | None:
+        """Give the next request the row after the running ones, with what is known of its beginning. None where there
+        is none or no room, or where it has more in common with one of `beside`, which is not computed yet.
+        """
+        if not self._waiting or len(self._running) == self.max_batch:
+            return None
+        request, row = self._waiting[0], len(self._running)
+        found = None if self._store is None else self._store.find(request.prompt, request.rope)
+        known = 0 if found is None else found[1]
+        if self._store is not None and shared(request.prompt, [other.prompt for other in beside]) > known:
+            return None
+        self._prefilling = self._waiting.popleft()
         self._cache.clear(row, final=len(request.prompt) + request.limit)
         if self._store is not None:
-            found = self._store.find(request.prompt, request.rope)
             if found is not None:
-                self._cache.put(row, found[0], found[1])
-                request.fed = request.reused = found[1]
+                self._cache.put(row, found[0], known)
+                request.fed = request.reused = known
             next_ones = [other.prompt for other in islice(self._waiting, 2 * self.max_batch)]
             parting = self._store.parting(request.prompt, next_ones)
             request.marks = [parting] if parting > request.fed else []
@@ -297,7 +322,24 @@ class Engine:
             use_cache=True,
             logits_to_keep=keep,
         )
-        logits = (output.logits[:, -1] if keep == 1 else output.logits[0])[:, : self.text_model.tokenizer.vocab_size]
+        return self._known(output.logits[:, -1] if keep == 1 else output.logits[0])
+
+    def _forward_pieces(self, row: int, pieces: list[list[int]]) -> Tensor:
+        """(P, V) logits after each piece; the first goes behind what is in `row`, the next behind the row after it."""
+        if len(pieces) == 1:
+            return self._forward(row, pieces)
+        sizes = [len(piece) for piece in pieces]
+        output = self._model(
+            input_ids=torch.tensor([list(chain.from_iterable(pieces))], device=self._model.device),
+            past_key_values=self._cache.select(row, len(pieces), sizes),
+            use_cache=True,
+            logits_to_keep=torch.tensor(sizes, device=self._model.device).cumsum(0) - 1,
+        )
+        return self._known(output.logits[0])
+
+    def _known(self, logits: Tensor) -> Tensor:
+        """Of the tokens that the tokenizer knows; at least fp32."""
+        logits = logits[:, : self.text_model.tokenizer.vocab_size]
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _chosen(self, requests: list[Request], choices: list[Choice]) -> list[Event]:

@@ -60,9 +60,7 @@ class PrefixStore:
         """Where the prompt parts from the one, kept or waiting, that it has most in common with; 0 where that is too
         near to its beginning.
         """
-        lengths = [common(tokens, prompt) for tokens in (*(entry.tokens for entry in self._entries), *others)]
-        longest = min(max(lengths, default=0), len(prompt) - 1)
-        return longest if longest >= WORTH else 0
+        return shared(prompt, [*(entry.tokens for entry in self._entries), *others])
 
     def wants(self, tokens: list[int], rope: int) -> bool:
         """Whether it is worth keeping: long enough and not there."""
@@ -91,6 +89,14 @@ class PrefixStore:
     def _touch(self, entry: _Entry) -> None:
         self._clock += 1
         entry.used = self._clock
+
+
+def shared(prompt: list[int], others: list[list[int]]) -> int:
+    """The longest beginning that the prompt has in common with one of the others and that leaves its last token to
+    compute; 0 where that is too short to look after.
+    """
+    longest = min(max((common(tokens, prompt) for tokens in others), default=0), len(prompt) - 1)
+    return longest if longest >= WORTH else 0
 
 
 def common(a: list[int], b: list[int]) -> int:

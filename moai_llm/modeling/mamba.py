@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,36 +89,41 @@ class Mamba(nn.Module):
     ) -> Tensor:
         layer: Any = None if cache is None else cache.layers[self.layer_idx]
         slots = layer if isinstance(layer, SlotStates) else None
-        if slots is not None:
-            before = slots.rows() if slots.pair is not None else None
-        else:
-            continues = layer is not None and layer.has_previous_state[0]
-            before = (layer.conv_states[0], layer.recurrent_states[0]) if continues else None
-        if before is not None and x_BLD.shape[1] == 1 and not getattr(layer, "record_past", False):
+        one = x_BLD.shape[1] == 1 and not getattr(layer, "record_past", False)
+        if one and (before := _before(layer)) is not None:
             find = self._step_weights
             weights = find() if slots is None else cache.weights_of(self.layer_idx, find)
             if weights is not None:
                 return mamba_step(x_BLD[:, 0], *before, weights)[:, None]
-        u, z = self.in_proj_x(x_BLD), self.in_proj_z(x_BLD)
-        past = None if before is None else before[0].transpose(1, 2)[:, 1:]
-        inputs = u
-        u = F.silu(causal_conv1d(inputs, self.conv_weight, self.conv_bias, seq_idx=seq_idx, state=past))
-        if layer is not None and slots is None:  # after the convolution: the update overwrites what `past` looks at
-            tail = conv_tail(inputs, self.kernel, seq_idx)  # transformers keeps K columns, one more than a step needs
-            cache.update_conv_state(tail.transpose(1, 2), self.layer_idx, conv_kernel_size=self.kernel)
-        state = None if before is None else before[1]
+        A = -torch.exp(self.A_log)
+
+        def convolve(u: Tensor) -> Tensor:
+            before = _before(layer)
+            past = None if before is None else before[0].transpose(1, 2)[:, 1:]
+            return causal_conv1d(u, self.conv_weight, self.conv_bias, seq_idx=seq_idx, state=past)
+
+        def scan(inputs: Tensor, u: Tensor, delta: Tensor, B: Tensor, C: Tensor) -> Tensor:
+            before = _before(layer)
+            state = None if before is None else before[1]
+            y, final = selective_scan(
+                u, delta, A, B, C, self.D, seq_idx=seq_idx, initial_state=state, return_final_state=True
+            )
+            if slots is not None:
+                slots.write(self._window(inputs, before), final)
+            elif layer is not None:
+                # transformers keeps K columns, one more than a step needs
+                tail = conv_tail(inputs, self.kernel, seq_idx).transpose(1, 2)
+                cache.update_conv_state(tail, self.layer_idx, conv_kernel_size=self.kernel)
+                cache.update_recurrent_state(final, self.layer_idx)
+            return y
+
+        along = _whole if slots is None else partial(cache.piecewise, dim=1)
+        inputs, z = self.in_proj_x(x_BLD), self.in_proj_z(x_BLD)
+        u = F.silu(along(convolve, inputs))
         dt, B, C = self.x_proj(u).split(self.sizes, -1)
         dt, B, C = self.dt_norm(dt), self.B_norm(B), self.C_norm(C)
         delta = F.softplus(self.dt_proj(dt).to(self.dt_bias.dtype) + self.dt_bias)
-        A = -torch.exp(self.A_log)
-        y, final = selective_scan(
-            u, delta, A, B, C, self.D, seq_idx=seq_idx, initial_state=state, return_final_state=True
-        )
-        if slots is not None:
-            slots.write(self._window(inputs, before), final)
-        elif layer is not None:
-            cache.update_recurrent_state(final, self.layer_idx)
-        return self.out_proj(y * F.silu(z))
+        return self.out_proj(along(scan, inputs, u, delta, B, C) * F.silu(z))
 
     def _window(self, inputs: Tensor, before: tuple[Tensor, Tensor] | None) -> Tensor:
         """(B, D, K) the last K inputs of the convolution, zeros before the start."""
@@ -136,3 +143,16 @@ class Mamba(nn.Module):
             self.x_proj.weight, self.dt_proj.weight, self.dt_bias, self.A_log, self.D, self.out_proj.weight,
             dt_norm, B_norm, C_norm,
         )  # fmt: skip
+
+
+def _before(layer: Any) -> tuple[Tensor, Tensor] | None:
+    """What a layer of a cache holds: the window of the convolution and the state; None at the beginning of a text."""
+    if isinstance(layer, SlotStates):
+        return None if layer.pair is None else layer.rows()
+    continues = layer is not None and layer.has_previous_state[0]
+    return (layer.conv_states[0], layer.recurrent_states[0]) if continues else None
+
+
+def _whole(mix: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`SlotCache.piecewise` where there are no pieces."""
+    return mix(*tensors)

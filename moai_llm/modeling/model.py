@@ -151,12 +151,14 @@ class MoaiModel(MoaiPreTrainedModel):
         if position_ids is None:
             position_ids = _positions(x, past, padded)
         if self.embed_positions is not None:
-            known, length = self.config.max_position_embeddings, past + x.shape[1]
+            known = self.config.max_position_embeddings
+            length = past + x.shape[1] if slots is None else max(slots.after(x.shape[1]))
             if length > known:
                 raise ValueError(f"this model has {known} learned positions, {length} do not fit")
             x = x + self.embed_positions(position_ids)
         ends = max(past + x.shape[1], rope_length or 0) if slots is None else slots.ends(x.shape[1])
-        rope = None if self.rotary is None else self.rotary(position_ids, ends)
+        pieces = None if slots is None else slots.pieces
+        rope = None if self.rotary is None else self.rotary(position_ids, ends, pieces)
         if noise_key is None and self.training and self.config.router_noise:
             noise_key = self.noise_step.clone()
             self.noise_step += 1

@@ -55,16 +55,19 @@ class RotaryEmbedding(nn.Module):
             return int(length > rope.get("original_max_position_embeddings", self.config.max_position_embeddings))
         return 0
 
-    def forward(self, position_ids: Tensor, length: int | list[int]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, position_ids: Tensor, length: int | list[int], pieces: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin (B, L, r/2) in fp32 for positions (B, L) of sequences that will reach `length` tokens, one number
-        for all or one for each.
+        for all or one for each. With `pieces` the sequences lie end to end in one row, so many positions of each.
         """
         device = position_ids.device
         if self.rope_type in BY_LENGTH:
             if isinstance(length, list):
                 if len({self.choice(end) for end in length}) > 1:
-                    tables = [self(row, end) for row, end in zip(position_ids.split(1), length)]
-                    return torch.cat([cos for cos, _ in tables]), torch.cat([sin for _, sin in tables])
+                    dim, sizes = (0, 1) if pieces is None else (1, pieces)
+                    tables = [self(part, end) for part, end in zip(position_ids.split(sizes, dim), length)]
+                    return torch.cat([cos for cos, _ in tables], dim), torch.cat([sin for _, sin in tables], dim)
                 length = max(length)
             inv_freq, factor = self._frequencies(length)
             return rotary_table(position_ids, inv_freq.to(device), factor)

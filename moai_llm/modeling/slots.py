@@ -5,6 +5,10 @@ every row has its own length; whoever schedules keeps the running sequences toge
 one tensor (slots, heads, capacity, head_dim) a layer that grows by doubling, and a step writes one position of it:
 nothing is concatenated. States of Mamba are rows as well, and do not grow.
 
+The tokens of a forward are (rows, length), equally many for each row; or pieces of different lengths, one for each row,
+laid end to end as (1, sum of lengths). What looks at one token at a time sees no difference; what looks along the text,
+attention, convolution and scan, goes through `piecewise`.
+
 A sequence can be cut back to a shorter length where there are only keys. A state cannot: it must have been kept.
 """
 
@@ -54,7 +58,7 @@ class _Layer:
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """The selected rows, as views."""
-        assert self.pair is not None
+        assert self.pair is not None and self.cache.pieces is None  # pieces: one row at a time
         first, count = self.cache.first, self.cache.count
         return self.pair[0][first : first + count], self.pair[1][first : first + count]
 
@@ -145,6 +149,7 @@ class SlotCache:
     Attributes:
         lengths: tokens in each row.
         finals: how long each row will become, for RoPE rules that depend on it.
+        pieces: tokens of each selected row in the next forward; None where it has equally many for all.
     """
 
     is_compileable = False
@@ -154,20 +159,22 @@ class SlotCache:
         self.config, self.slots = config, slots
         self.lengths, self.finals = [0] * slots, [0] * slots
         self.first, self.count = 0, 1
+        self.pieces: list[int] | None = None
         self._weights: dict[int, Any] = {}
         kinds = config.layer_types or []
         self.layers: list[Any] = [SlotKeys(self) if kind in KEYS else SlotStates(self) for kind in kinds]
         self.has_states = any(isinstance(layer, SlotStates) for layer in self.layers)
 
-    def select(self, first: int, count: int = 1) -> SlotCache:
+    def select(self, first: int, count: int = 1, pieces: list[int] | None = None) -> SlotCache:
         """The next forward is about these rows; more rows are made where there are not so many."""
+        assert pieces is None or (len(pieces) == count and min(pieces) > 0)
         if first + count > self.slots:
             self.slots = max(first + count, 2 * self.slots)
             extra = [0] * (self.slots - len(self.lengths))
             self.lengths, self.finals = self.lengths + extra, self.finals + extra
             for layer in self.layers:
                 layer.grow(self.slots)
-        self.first, self.count = first, count
+        self.first, self.count, self.pieces = first, count, pieces
         return self
 
     def capacity(self, needed: int) -> int:
@@ -181,20 +188,45 @@ class SlotCache:
         return max(self.lengths[self.first : self.first + self.count])
 
     def positions(self, length: int, device: torch.device) -> Tensor:
-        """(B, L) of the next positions of the selected rows."""
-        starts = torch.tensor(self.lengths[self.first : self.first + self.count], device=device)[:, None]
+        """(B, L) of the next positions of the selected rows, or (1, L) with pieces."""
+        lengths = self.lengths[self.first : self.first + self.count]
+        if self.pieces is not None:
+            places = [place for n, piece in zip(lengths, self.pieces) for place in range(n, n + piece)]
+            return torch.tensor([places], device=device)
+        starts = torch.tensor(lengths, device=device)[:, None]
         return starts if length == 1 else starts + torch.arange(length, device=device)
 
+    def after(self, length: int) -> list[int]:
+        """How long the selected rows are after a forward over (B or 1, `length`) tokens."""
+        pieces = self.pieces or [length] * self.count
+        return [n + piece for n, piece in zip(self.lengths[self.first : self.first + self.count], pieces)]
+
     def ends(self, length: int) -> list[int]:
-        """How long the selected rows will become, at least as long as after so many more tokens."""
-        rows = range(self.first, self.first + self.count)
-        return [max(self.finals[row], self.lengths[row] + length) for row in rows]
+        """How long the selected rows will become, at least as long as after such a forward."""
+        finals = self.finals[self.first : self.first + self.count]
+        return [max(final, after) for final, after in zip(finals, self.after(length))]
+
+    def piecewise(self, mix: Callable[..., Tensor], *tensors: Tensor, dim: int) -> Tensor:
+        """mix(*tensors), in which the text runs along `dim`. Pieces go through it one after the other, each while its
+        row alone is selected.
+        """
+        if self.pieces is None:
+            return mix(*tensors)
+        first, pieces, mixed = self.first, self.pieces, []
+        for row, piece in enumerate(zip(*(tensor.split(pieces, dim) for tensor in tensors)), first):
+            self.select(row)
+            mixed.append(mix(*piece))
+        self.select(first, len(pieces), pieces)
+        return torch.cat(mixed, dim)
 
     def attend(self, layer_idx: int, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """Write (B, K, L, d) behind the rows and let the queries (B, H, L, d) see what each row then holds."""
-        keys, values = self.layers[layer_idx].write(k, v)
-        lengths = [n + q.shape[2] for n in self.lengths[self.first : self.first + self.count]]
-        return slot_attention(q, keys, values, lengths, window)
+
+        def mix(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = self.layers[layer_idx].write(k, v)
+            return slot_attention(q, keys, values, self.after(q.shape[2]), window)
+
+        return self.piecewise(mix, q, k, v, dim=2)
 
     def step(
         self,
@@ -220,9 +252,8 @@ class SlotCache:
         return self._weights[layer_idx]
 
     def advance(self, length: int) -> None:
-        """The selected rows have got so many tokens more."""
-        for row in range(self.first, self.first + self.count):
-            self.lengths[row] += length
+        """The forward over (B or 1, `length`) tokens is done."""
+        self.lengths[self.first : self.first + self.count] = self.after(length)
 
     # ---------------------------------------------------------------- rows
 
