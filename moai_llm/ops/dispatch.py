@@ -44,11 +44,12 @@ class CannotRun(MoaiError, RuntimeError):
 @dataclass(frozen=True)
 class Implementation:
     """`target` is a function, or "module:function" imported when first reached (and free to raise `Unavailable`
-    then).
+    then). `unless` is asked for a reason why it gains nothing on this machine: then it runs only where it is forced.
     """
 
     target: Callable[..., Any] | str
     dtypes: tuple[torch.dtype, ...] | None = None  # None: any
+    unless: Callable[[torch.dtype], str | None] | None = None
 
     def load(self) -> Callable[..., Any]:
         if callable(self.target):
@@ -94,6 +95,8 @@ class Op:
             implementation = self.implementations[name]
             if implementation.dtypes is not None and dtype not in implementation.dtypes:
                 reasons.append(f"{name} does not take {dtype}")
+                continue
+            if implementation.unless and not forced and implementation.unless(dtype):
                 continue
             try:
                 self._loaded[name] = self._loaded.get(name) or implementation.load()

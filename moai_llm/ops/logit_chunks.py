@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from moai_llm.ops.linear import linear_into
+
 # sees the logits (n, V) of the rows of a slice; overwrites them with dL/dlogits where a gradient is wanted
 Visit = Callable[[Tensor, slice], None]
 
@@ -48,7 +50,7 @@ def over_chunks(
     for start in range(0, rows.shape[0], chunk_rows):
         part = slice(start, start + chunk_rows)
         h = rows[part]
-        logits = torch.mm(h, w.t(), out=buffer[: len(h)])
+        logits = linear_into(h, w, buffer[: len(h)])
         visit(logits, part)
         if grad_hidden and everything:
             torch.mm(logits, w, out=d_hidden[part])

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moai_llm.ops.dispatch import Implementation, define
-from moai_llm.ops.linear import linear
+from moai_llm.ops.linear import linear, many_rows_in_fp32
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -209,7 +209,11 @@ def experts_loop(x: Tensor, ids: Tensor, weights: Tensor, experts: Experts, act:
 @torch.library.custom_op("moai::grouped_mm", mutates_args=())
 def grouped_mm(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """rows (R, d) sorted by expert, weight (E, f, d), ends (E,) int32 -> (R, f): each row times its expert's weight."""
-    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+    if not many_rows_in_fp32(rows, weight):
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
+    with torch.no_grad():
+        pieces = rows.tensor_split(ends[:-1].tolist())
+        return torch.cat([linear(*pair) for pair in zip(pieces, weight.unbind(0))])
 
 
 @grouped_mm.register_fake
