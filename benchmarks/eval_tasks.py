@@ -98,12 +98,11 @@ def _answers(lm: Any, loaded: Any, limit: int) -> np.ndarray:
 def perplexity(name: str, text_model: TextModel, tokenizer: Tokenizer, texts: list[str], quick: bool) -> Table:
     encoded = [ids for ids in (tokenizer.encode(text) for text in texts) if len(ids) > 1]
     window, count = 512, sum(map(len, encoded))
-    lengths = tokenizer.byte_lengths()
 
     def one_at_a_time() -> float:
         pieces = [torch.tensor([ids[i : i + window]]) for ids in encoded for i in range(0, len(ids), window)]
         batches = ({"input_ids": piece, "labels": piece} for piece in pieces if piece.shape[1] > 1)
-        return evaluate(text_model.model, batches, lengths).nats
+        return evaluate(text_model.model, batches, tokenizer).nats
 
     def in_batches(stride: int | None = None) -> float:
         return sum(d.found.nats for d in measure(text_model, ((t, None) for t in texts), window=window, stride=stride))

@@ -112,6 +112,9 @@ def _set_environment() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("moai_llm").setLevel(logging.INFO)
+    # transformers imports torchao wherever it is installed, which then tells of kernels that nobody asked for
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _help() -> str:

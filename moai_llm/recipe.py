@@ -119,8 +119,8 @@ class TrainConfig:
     seed: int = 0
     #: auto | cpu | cuda | cuda:1 ...
     device: str = "auto"
-    #: auto is bf16 where the device is faster in it, else fp32
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    #: auto is bf16 where the device is faster in it, else fp32; fp8: the linear layers, the rest in bf16
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     #: TF32 matrix products on CUDA for what stays in fp32
     tf32: bool = True
     compile: bool = False
@@ -367,6 +367,11 @@ def _check(recipe: Recipe, source: str) -> None:
         raise MoaiError(
             f"{source}: lora.rank={recipe.lora.rank} trains adapters on a model that stays as it is, and fresh weights "
             "have nothing to keep: set train.init_from=MODEL_DIR"
+        )
+    if recipe.lora.rank and recipe.train.precision == "fp8":
+        raise MoaiError(
+            f"{source}: the products of train.precision=fp8 compute the gradients of all weights, and adapters (lora) "
+            "need those of frozen ones not: set train.precision=bf16"
         )
     if recipe.lora.experts and recipe.train.compile:
         raise MoaiError(f"{source}: lora.experts changes weights inside each forward, which train.compile=true cannot "

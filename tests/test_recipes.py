@@ -152,7 +152,7 @@ def test_a_model_section_by_name(tmp_path: Path) -> None:
         (["train.lr=1"], r"did you mean 'optim.lr'"),
         (["train.learning_rate=1"], r"here it is optim.lr"),
         (["train.steps=many"], r"train.steps: .*got 'many'"),
-        (["train.precision=fp7"], r"'auto', 'fp32', 'bf16' or 'fp16'"),
+        (["train.precision=fp7"], r"'auto', 'fp32', 'bf16', 'fp16' or 'fp8'"),
         (["steps"], r"write section.key=value"),
         (["train.steps.x=1", "train.steps.y=1"], r"train.steps"),
         (["model.head_dim=137"], r"head_dim must be even, got 137"),

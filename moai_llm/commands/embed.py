@@ -2,6 +2,8 @@
 
 moai embed runs/vectors texts.jsonl --out vectors.npy
 moai embed runs/vectors data/ --out vectors.parquet
+
+What is done stands in FILE.partial. A run that was killed goes on there when it is repeated.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="vectors alone: .npy; with the texts and where they stood: .jsonl or .parquet",
     )  # fmt: skip
     add_length(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace the file that is there")
+    parser.add_argument("--overwrite", action="store_true", help="begin again, and replace the file that is there")
     add_device(parser)
 
 
@@ -48,7 +50,8 @@ def add_length(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from moai_llm.data.sources import Skipped, read_texts
-    from moai_llm.inference.embed import embed, load_embedder
+    from moai_llm.inference.embed import BATCH_TOKENS, embed, load_embedder
+    from moai_llm.inference.vector_file import PartialVectors
 
     out, console = Path(arguments.out), make_console()
     if out.suffix not in WRITERS:
@@ -66,12 +69,21 @@ def run(arguments: argparse.Namespace) -> None:
     embedder = load_embedder(arguments.model, arguments.device, arguments.dtype)
     warn_untrained(console, embedder)
     texts = [text for text, _ in rows]
+    kept = out.with_name(out.name + ".partial")
+    if arguments.overwrite:
+        kept.unlink(missing_ok=True)
+    partial = PartialVectors(kept, embedder, texts, arguments.max_length, BATCH_TOKENS)
+    if partial.done.any():
+        console.print(f"{partial.done.sum():,} of {len(texts):,} texts are done")
     with progress_of(console, len(texts)) as done:
-        vectors = embed(embedder, texts, max_length=arguments.max_length, progress=done)
+        vectors = embed(
+            embedder, texts, max_length=arguments.max_length, batch_tokens=BATCH_TOKENS, progress=done, partial=partial
+        )
     limit = min(arguments.max_length or embedder.context, embedder.context)
     long = sum(len(ids) == limit for ids in embedder.encode(texts, arguments.max_length))
     with _whole(out) as temporary:
         WRITERS[out.suffix](temporary, rows, vectors)
+    partial.close()
     show_skipped(console, skipped)
     if long:
         console.print(f"{long:,} texts reach {limit:,} tokens, the most that is read of one")

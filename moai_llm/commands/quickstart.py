@@ -218,7 +218,7 @@ def _evaluate(out: Path, console: Any) -> None:
     for run, data, what in (("pretrain", "valid", "held-out text"), ("sft", "sft", "the instructions it learned")):
         model, store = load_model(out / run, dtype="fp32"), Store(out / "data" / data)
         loader = Loader(store, 256, seed=None)
-        found = evaluate(model.model, loader.epoch(16, 64), model.tokenizer.byte_lengths())
+        found = evaluate(model.model, loader.epoch(16, 64), model.tokenizer)
         table.add_row(run, what, f"{found.loss:.3f}", f"{found.perplexity:.2f}", f"{found.bits_per_byte:.3f}")
     console.print(table)
 

@@ -108,12 +108,12 @@ class Trial:
         which = "old" if name == UNCHANGED else "new"
         held_out = Loader(Store(self.folder / f"{which}-valid"), self.length, seed=None)
         data = Loader(Store(self.folder / f"{which}-train"), self.length, seed)
-        lengths, precision = held_out.sources[0].store.tokenizer().byte_lengths(), make_precision("auto", self.device)
+        tokenizer, precision = held_out.sources[0].store.tokenizer(), make_precision("auto", self.device)
         optimizer, clip, load = make_optimizer(model, OptimConfig(lr=self.lr)), Clip(model), None
 
         def measure() -> float:
             model.eval()
-            found = evaluate(model, held_out.epoch(self.rows), lengths, precision.autocast())
+            found = evaluate(model, held_out.epoch(self.rows), tokenizer, precision.autocast())
             model.train()
             return found.bits_per_byte
 

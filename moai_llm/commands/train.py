@@ -173,12 +173,12 @@ def _evaluation(recipe: Recipe) -> Hook:
         return _evaluation_of_pairs(recipe, store)
     if store.manifest.kind == "embedding" or recipe.loss.type in CONTRASTIVE:
         return _evaluation_of_texts(recipe, store)
-    loader, lengths = Loader(store, recipe.data.seq_len, seed=None), store.tokenizer().byte_lengths()
+    loader, tokenizer = Loader(store, recipe.data.seq_len, seed=None), store.tokenizer()
 
     def hook(step: int, model: Any) -> dict[str, float]:
         precision = make_precision(recipe.train.precision, model.device, recipe.train.tf32)
         batches = loader.epoch(rows_of(recipe), recipe.eval.rows)
-        found = evaluate(model, batches, lengths, precision.autocast())
+        found = evaluate(model, batches, tokenizer, precision.autocast())
         return {"eval_loss": found.loss, "bits_per_byte": found.bits_per_byte}
 
     return hook

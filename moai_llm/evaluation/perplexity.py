@@ -18,6 +18,7 @@ from moai_llm.evaluation.scoring import Request, score
 from moai_llm.inference import TextModel
 from moai_llm.losses import Loss, shift_labels
 from moai_llm.runtime import MoaiError
+from moai_llm.tokenizer import Tokenizer
 
 PLAIN = Loss()
 AHEAD = 16  # batches of windows that are read before the longest of them is run: like lengths then go together
@@ -53,18 +54,17 @@ NOTHING = Perplexity(0.0, 0, 0)
 
 @torch.no_grad()
 def evaluate(
-    model: Any, batches: Iterable[Batch], byte_lengths: np.ndarray, autocast: AbstractContextManager[Any] | None = None
+    model: Any, batches: Iterable[Batch], tokenizer: Tokenizer, autocast: AbstractContextManager[Any] | None = None
 ) -> Perplexity:
-    """Plain next-token cross-entropy over packed batches.
+    """Plain next-token cross-entropy over packed batches, among the tokens there are: see `scoring.py`.
 
     Args:
-        byte_lengths: (V,) bytes of text per token id (`Tokenizer.byte_lengths`).
         autocast: precision of the forward; the model's own when None.
 
     Raises:
         MoaiError: no batch has a target.
     """
-    lengths = torch.from_numpy(byte_lengths)
+    lengths = torch.from_numpy(tokenizer.byte_lengths())
     total = NOTHING
     context = autocast or nullcontext()
     for batch in batches:
@@ -72,7 +72,8 @@ def evaluate(
         inputs = {key: tensor.to(model.device) for key, tensor in batch.items() if key != "labels"}
         with context:
             hidden = model.model(**inputs, use_cache=False).last_hidden_state
-            sums = PLAIN.sums(hidden.flatten(0, 1), model.lm_head.weight, targets.flatten().to(model.device))
+            head = model.lm_head.weight[: tokenizer.vocab_size]
+            sums = PLAIN.sums(hidden.flatten(0, 1), head, targets.flatten().to(model.device))
         wanted = targets[targets != -100]
         total += Perplexity(float(sums.cross_entropy), len(wanted), int(lengths[wanted].sum()))
     if not total.targets:
@@ -128,7 +129,7 @@ def measure(
         MoaiError: a window of fewer than two tokens, or a stride that leaves tokens out.
     """
     context = text_model.context
-    size = min(window or context, context)
+    size = min(window or context, context) if text_model.bounded else window or context
     step = stride or size
     if size < 2:
         raise MoaiError(f"--window {size}: a window holds at least two tokens")
@@ -142,7 +143,11 @@ def measure(
 
     def flush() -> Iterator[Document]:
         nonlocal done
-        scored = iter(score(text_model.model, requests, share=False, batch_tokens=room))
+        scored = iter(
+            score(
+                text_model.model, requests, vocabulary=text_model.tokenizer.vocab_size, share=False, batch_tokens=room
+            )
+        )
         for text, given, ids, count in waiting:
             parts = [next(scored) for _ in range(count)]
             targets = sum(len(part.log_probs) for part in parts)

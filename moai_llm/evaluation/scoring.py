@@ -1,5 +1,9 @@
 """Log-probabilities of given tokens, fast: sequences of like length in a batch, what several share computed once, and
 logits formed only where a token is asked for.
+
+A model may have more rows than its tokenizer has tokens, so that sizes are round. They stand for no token, and no
+answer is ever drawn from them; so a probability is always one among the tokens that there are: here, in
+`perplexity.evaluate`, `long_context.token_scores` and `inference.server.scoring`.
 """
 
 from __future__ import annotations
@@ -54,7 +58,7 @@ def score(
     model: Any,
     requests: Sequence[Request],
     *,
-    vocabulary: int | None = None,
+    vocabulary: int,
     share: bool = True,
     batch_tokens: int | None = None,
     worth: int | None = None,
@@ -63,8 +67,7 @@ def score(
     """What a model thinks of the tokens of each request, in the order of the requests.
 
     Args:
-        vocabulary: how many ids have a probability; all rows of the model when None. Rows that pad a vocabulary stand
-            for no token.
+        vocabulary: how many ids have a probability: the tokenizer's, which may be fewer than the model has rows.
         share: compute what requests share only once, where that is worth it.
         batch_tokens: tokens of a batch, padding included.
         worth: tokens that a shared beginning must save.
@@ -139,7 +142,7 @@ def _read(
     nodes: Sequence[Node],
     requests: Sequence[Request],
     found: Sequence[Scored],
-    vocabulary: int | None,
+    vocabulary: int,
 ) -> None:
     """Write what these hidden states say of the tokens asked for. Where several ask at one place, its logits are formed
     once.
@@ -169,15 +172,13 @@ def _read(
         done += count
 
 
-def _log_probs(
-    model: Any, hidden: Tensor, rows: Tensor, targets: Tensor, vocabulary: int | None
-) -> tuple[Tensor, Tensor]:
+def _log_probs(model: Any, hidden: Tensor, rows: Tensor, targets: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
     """Of `targets` (N,) at `rows` (N,) of hidden (R, d): log-probabilities (N,) fp64 and whether each is the largest.
 
     The logits of a part of the rows are in memory at a time.
     """
     head = model.get_output_embeddings()
-    size = default_chunk_rows(vocabulary or model.config.vocab_size, hidden.device.type)
+    size = default_chunk_rows(vocabulary, hidden.device.type)
     log_probs = torch.empty(len(rows), dtype=torch.float64)
     greedy = torch.empty(len(rows), dtype=torch.bool)
     for start in range(0, len(hidden), size):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from moai_llm.inference.load import pick_dtype, resolve_model
 from moai_llm.modeling.embedding import MoaiForEmbedding, load_for_vectors
 from moai_llm.runtime import pick_device
 from moai_llm.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from moai_llm.inference.vector_file import PartialVectors
 
 BATCH_TOKENS = 8192  # that go through the model at once
 
@@ -67,12 +71,14 @@ def embed(
     max_length: int | None = None,
     batch_tokens: int = BATCH_TOKENS,
     progress: Callable[[int], None] = lambda done: None,
+    partial: PartialVectors | None = None,
 ) -> np.ndarray:
     """(texts, D) fp32, in the order of the texts. Texts of similar length go through the model together.
 
     Args:
         max_length: tokens of a text, its end included; what the model was made for when None.
         progress: called with the number of texts done since the last call.
+        partial: where each batch is kept, and those of an earlier run are found.
     """
     ids, device = embedder.encode(texts, max_length), embedder.model.device
     vectors = np.zeros((len(ids), embedder.model.width), np.float32)
@@ -81,6 +87,11 @@ def embed(
     while start < len(order):
         longest = len(ids[order[start]])
         batch = order[start : start + max(1, batch_tokens // longest)]
+        start += len(batch)
+        if partial is not None and partial.done[batch].all():  # half a batch is done again: its rows are rounded alike
+            vectors[batch] = partial.vectors[batch]
+            progress(len(batch))
+            continue
         rows = torch.full((len(batch), longest), embedder.tokenizer.pad_id)
         mask = torch.zeros(len(batch), longest, dtype=torch.int64)
         for row, i in enumerate(batch):
@@ -88,6 +99,7 @@ def embed(
             mask[row, : len(ids[i])] = 1
         found = embedder.model(rows.to(device), attention_mask=mask.to(device)).embeddings
         vectors[batch] = found.float().cpu().numpy()
+        if partial is not None:
+            partial.add(batch, vectors[batch])
         progress(len(batch))
-        start += len(batch)
     return vectors

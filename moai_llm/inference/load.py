@@ -18,6 +18,8 @@ from moai_llm.tokenizer import Tokenizer, load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ADAPTER = "adapter_config.json"
+CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len", "context_length")
+UNNAMED = 2048  # a window where none is named; lm-eval takes the same
 
 
 @dataclass
@@ -30,8 +32,21 @@ class TextModel:
 
     @property
     def context(self) -> int:
-        """Tokens the model was made for; with learned positions, all it can take."""
-        return int(self.model.config.max_position_embeddings)
+        """Tokens the model was made for; with learned positions, all it can take. UNNAMED where its config says none,
+        as of classes of states alone.
+        """
+        return _named_context(self.model.config) or UNNAMED
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the config says how long a text may be."""
+        return _named_context(self.model.config) is not None
+
+
+def _named_context(config: Any) -> int | None:
+    """Most classes of transformers read `max_position_embeddings` as whatever they call it."""
+    found = (getattr(config, name, None) for name in CONTEXT_NAMES)
+    return next((int(length) for length in found if isinstance(length, int)), None)
 
 
 def resolve_model(path: str | Path) -> Path:

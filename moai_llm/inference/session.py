@@ -88,7 +88,7 @@ class Session:
         learned, endless = ours and model.config.position_embedding == "learned", getattr(self._cache, "endless", False)
         context: int | None = None
         if not ours:  # positions of other people's classes may be learned too: none goes past what it was made for
-            context = self.text_model.context
+            context = self.text_model.context if self.text_model.bounded else None
         elif learned or (fits_slots(model.config) and not endless):
             context = context_of(self.text_model)
         if context is not None:

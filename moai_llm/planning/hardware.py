@@ -9,7 +9,7 @@ this table is estimated; hardware that is not in it is given by its own numbers.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moai_llm.runtime import MoaiError, did_you_mean
 
@@ -26,26 +26,27 @@ class Accelerator:
     bandwidth: float | None = None  # GB/s
     bf16: bool = True
     kind: str = "cuda"
+    fp8: bool = True  # products in it: from compute capability 8.9 on
 
 
 ACCELERATORS = {
     device.name: device
     for device in (
-        Accelerator("A100-40GB", 312, 40, 1555),
-        Accelerator("A100-80GB", 312, 80, 2039),
-        Accelerator("A40", 149.7, 48, 696),
+        Accelerator("A100-40GB", 312, 40, 1555, fp8=False),
+        Accelerator("A100-80GB", 312, 80, 2039, fp8=False),
+        Accelerator("A40", 149.7, 48, 696, fp8=False),
         Accelerator("H100-SXM", 989.5, 80, 3350),
         Accelerator("H100-PCIe", 756, 80, 2000),
         Accelerator("H200", 989.5, 141, 4800),
         Accelerator("B200", 2250, 180, 8000),
         Accelerator("L4", 121, 24, 300),
         Accelerator("L40S", 362, 48, 864),
-        Accelerator("RTX-3090", 71, 24, 936),
+        Accelerator("RTX-3090", 71, 24, 936, fp8=False),
         Accelerator("RTX-4090", 165.2, 24, 1008),
         Accelerator("RTX-5090", 209.5, 32, 1792),
-        Accelerator("T4", 65, 16, 320, bf16=False),
-        Accelerator("V100-16GB", 125, 16, 900, bf16=False),
-        Accelerator("V100-32GB", 125, 32, 900, bf16=False),
+        Accelerator("T4", 65, 16, 320, bf16=False, fp8=False),
+        Accelerator("V100-16GB", 125, 16, 900, bf16=False, fp8=False),
+        Accelerator("V100-32GB", 125, 32, 900, bf16=False, fp8=False),
     )
 }
 
@@ -85,11 +86,8 @@ def parse_hardware(text: str, tflops: float | None = None, memory: float | None 
                 "Give another by --peak-tflops (dense, half precision) and --memory (GiB)"
             )
         cpu = _plain(name) == "cpu"
-        return Hardware(count, Accelerator(name, tflops, memory, None, not cpu, "cpu" if cpu else "cuda"))
-    return Hardware(
-        count,
-        Accelerator(device.name, tflops or device.tflops, memory or device.memory, device.bandwidth, device.bf16),
-    )
+        return Hardware(count, Accelerator(name, tflops, memory, None, not cpu, "cpu" if cpu else "cuda", not cpu))
+    return Hardware(count, replace(device, tflops=tflops or device.tflops, memory=memory or device.memory))
 
 
 def find_device(reported: str, gib: float) -> Accelerator | None:

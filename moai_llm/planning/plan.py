@@ -117,9 +117,14 @@ def make_plan(recipe: Recipe, hardware: Hardware | None, options: Options) -> Pl
     """Plan a recipe on some hardware, or without days where that is None.
 
     Raises:
-        MoaiError: the model has a brick from outside the package.
+        MoaiError: the model has a brick from outside the package, or the hardware no fp8.
     """
     a, seq_len = recipe.model, recipe.data.seq_len
+    if recipe.train.precision == "fp8" and hardware is not None and not hardware.device.fp8:
+        raise MoaiError(
+            f"train.precision=fp8 needs compute capability 8.9 (Ada, Hopper) or later, and {hardware.device.name} has "
+            "no products in fp8: set train.precision=bf16"
+        )
     try:
         counts, flops = a.parameters(), a.flops(seq_len, options.document_tokens)
     except ValueError as error:
@@ -283,6 +288,8 @@ def _notes(recipe: Recipe, hardware: Hardware | None) -> Iterator[str]:
         )
     elif not half_precision(recipe, hardware) and hardware and hardware.device.kind == "cuda":
         yield "fp32 runs below the half-precision peak that the days are reckoned with: calibrate, or lower --mfu."
+    if recipe.train.precision == "fp8":
+        yield "Memory and days are those of train.precision=bf16: what products in fp8 change is not modelled."
     if recipe.train.compile:
         yield "Memory is that of a run without train.compile, which changes what is kept."
     if recipe.train.host_activations:

@@ -16,7 +16,7 @@ from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer, load_tokenizer
-from moai_llm.training import lora
+from moai_llm.training import fp8, lora
 from moai_llm.training.contrastive import Contrastive
 from moai_llm.training.distillation import Distillation
 from moai_llm.training.objective import NextToken, Objective
@@ -67,8 +67,8 @@ def build_model(
 
 
 def prepare_model(model: MoaiForCausalLM, recipe: Recipe, device: torch.device) -> MoaiForCausalLM:
-    """Give a model the recipe's loss, fp32 weights (below adapters perhaps 4 bits) on the device, adapters,
-    recomputation and compilation; ready to train.
+    """Give a model the recipe's loss, fp32 weights (below adapters perhaps 4 bits) on the device, products in fp8,
+    adapters, recomputation and compilation; ready to train.
 
     Raises:
         MoaiError: rows that are longer than the model's learned positions.
@@ -80,6 +80,8 @@ def prepare_model(model: MoaiForCausalLM, recipe: Recipe, device: torch.device) 
     if recipe.lora.quantize:
         quantize(model, device, double=recipe.lora.double_quant)
     model.to(device=device, dtype=torch.float32)  # type: ignore[call-arg]
+    if recipe.train.precision == "fp8":
+        fp8.to_fp8(model)
     if recipe.lora.rank:
         lora.add_adapters(model, recipe.lora, recipe.train.init_from)
     if recipe.train.activation_checkpointing != "none":
@@ -110,8 +112,7 @@ def build_objective(recipe: Recipe, tokenizer: Tokenizer) -> Objective:
     """
     loss = _loss(recipe)
     if isinstance(loss, PreferenceLoss):
-        start = partial(_load, Path(recipe.train.init_from or ""), tokenizer, "train.init_from")
-        return Preference(loss, recipe, start)
+        return Preference(loss, recipe, partial(_starting_model, recipe, tokenizer))
     if isinstance(loss, DistillationLoss):
         teacher = Path(recipe.loss.teacher or "")
         _require_tokenizer(teacher, tokenizer, "loss.teacher")
@@ -120,6 +121,12 @@ def build_objective(recipe: Recipe, tokenizer: Tokenizer) -> Objective:
     if isinstance(loss, ContrastiveLoss):
         return Contrastive(loss)
     return NextToken()
+
+
+def _starting_model(recipe: Recipe, tokenizer: Tokenizer) -> MoaiForCausalLM:
+    """What `train.init_from` computes in the precision of the run."""
+    model = _load(Path(recipe.train.init_from or ""), tokenizer, "train.init_from")
+    return fp8.to_fp8(model) if recipe.train.precision == "fp8" else model
 
 
 def _loss(recipe: Recipe) -> AnyLoss:

@@ -105,4 +105,4 @@ def this_machine(device: torch.device) -> Hardware:
         name, gib = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)[1] / GIB
         return Hardware(1, find_device(name, gib) or Accelerator(name, None, gib, bf16=has_fast_bf16(device)))
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return Hardware(1, Accelerator("cpu", None, pages * size / GIB, None, has_fast_bf16(device), "cpu"))
+    return Hardware(1, Accelerator("cpu", None, pages * size / GIB, None, has_fast_bf16(device), "cpu", False))

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from moai_llm.runtime import MoaiError, has_fast_bf16
+from moai_llm.training import fp8
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+# fp8 is bf16 around layers of its own, see `fp8.py`
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,14 @@ def make_precision(name: str, device: torch.device, tf32: bool = True) -> Precis
     """Resolve `auto` and set TF32.
 
     Raises:
-        MoaiError: fp16 on a CPU, where it is several times slower than fp32 and overflows.
+        MoaiError: fp16 on a CPU, where it is several times slower than fp32 and overflows; fp8 on a device without it.
     """
     if name == "auto":
         name = "bf16" if has_fast_bf16(device) else "fp32"
     if name == "fp16" and device.type == "cpu":
         raise MoaiError("fp16 on a CPU is slower than fp32: use train.precision=bf16 or fp32")
+    if name == "fp8":
+        fp8.require_device(device)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.backends.cudnn.allow_tf32 = tf32

@@ -21,7 +21,7 @@ from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.recipe import Recipe
 from moai_llm.runtime import MoaiError, keep_freed_memory, pick_device, seed_everything, write_atomically
 from moai_llm.tokenizer import Tokenizer
-from moai_llm.training import lora, quantize, rollback
+from moai_llm.training import fp8, lora, quantize, rollback
 from moai_llm.training.build import active_parameters, build_model, build_objective
 from moai_llm.training.checkpoint import Checkpoints
 from moai_llm.training.clipping import Clip
@@ -122,6 +122,8 @@ class Run:
         if warning := advice(recipe.optim.lr, kind, active_parameters(model), recipe.optim.name):
             logger.warning(warning)
         run.notes += describe(recipe, loader, run.total)
+        if precision.name == "fp8":
+            run.notes.append(fp8.describe(model))
         if run.base:
             run.notes.append(lora.describe(model))
         if recipe.lora.quantize:

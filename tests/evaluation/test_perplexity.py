@@ -27,7 +27,7 @@ def test_by_hand(text_model: TextModel, tokenizer: Tokenizer) -> None:
     assert len(ids) < text_model.context
     found = evaluate_text(text_model, TEXT)
     with torch.no_grad():
-        log_p = text_model.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        log_p = text_model.model(torch.tensor([ids])).logits[0, :, : tokenizer.vocab_size].log_softmax(-1)
     nats = -sum(float(log_p[i, ids[i + 1]]) for i in range(len(ids) - 1))
     size = sum(len(tokenizer.token_bytes(i)) for i in ids[1:])
     assert found.nats == pytest.approx(nats) and found.targets == len(ids) - 1 and found.bytes == size
@@ -40,7 +40,7 @@ def test_a_model_that_knows_nothing(tokenizer: Tokenizer) -> None:
     model = tiny_model(vocab_size=512)
     torch.nn.init.zeros_(model.lm_head.weight)
     found = evaluate_text(TextModel(model, tokenizer, Path("here")), TEXT)
-    assert found.loss == pytest.approx(math.log(512))
+    assert found.loss == pytest.approx(math.log(tokenizer.vocab_size))
 
 
 def test_windows(text_model: TextModel, tokenizer: Tokenizer) -> None:
@@ -55,7 +55,7 @@ def test_masked_labels_do_not_count(text_model: TextModel, tokenizer: Tokenizer)
     labels = ids.clone()
     labels[0, 1:5] = -100
     lengths = tokenizer.byte_lengths()
-    everything, some = (evaluate(text_model.model, [{"input_ids": ids, "labels": x}], lengths) for x in (ids, labels))
+    everything, some = (evaluate(text_model.model, [{"input_ids": ids, "labels": x}], tokenizer) for x in (ids, labels))
     assert everything.targets - some.targets == 4
     assert everything.bytes - some.bytes == int(lengths[ids[0, 1:5]].sum())
 
@@ -75,13 +75,13 @@ def test_a_few_rows_stand_for_all_of_a_mixed_corpus(tmp_path: Path, tokenizer: T
     short = [f"이자는 {i}번 붙어요. 은행에서 가입할 수 있어요." for i in range(400)]
     long = ["return a + b\n" * 24 for _ in range(60)]
     prepare_texts([(text, "") for text in [*short, *long]], tokenizer, tmp_path / "store", [])
-    loader, lengths = Loader(Store(tmp_path / "store"), 128, seed=None), tokenizer.byte_lengths()
+    loader = Loader(Store(tmp_path / "store"), 128, seed=None)
     assert len(loader) > 100
     model = tiny_model(vocab_size=512)
-    whole, some = (evaluate(model, loader.epoch(16, limit), lengths).loss for limit in (None, 16))
-    first = evaluate(model, [loader.rows(0, 16)], lengths).loss
+    whole, some = (evaluate(model, loader.epoch(16, limit), tokenizer).loss for limit in (None, 16))
+    first = evaluate(model, [loader.rows(0, 16)], tokenizer).loss
     assert abs(some - whole) < 0.2 * abs(first - whole)
-    assert some == pytest.approx(evaluate(model, loader.epoch(4, 16), lengths).loss, rel=1e-12)
+    assert some == pytest.approx(evaluate(model, loader.epoch(4, 16), tokenizer).loss, rel=1e-12)
 
 
 def in_windows(text_model: TextModel, text: str, window: int) -> tuple[float, int]:
@@ -89,7 +89,7 @@ def in_windows(text_model: TextModel, text: str, window: int) -> tuple[float, in
     ids = text_model.tokenizer.encode(text)
     pieces = [torch.tensor([ids[i : i + window]]) for i in range(0, len(ids), window)]
     batches = [{"input_ids": piece, "labels": piece} for piece in pieces if piece.shape[1] > 1]
-    found = evaluate(text_model.model, batches, text_model.tokenizer.byte_lengths())
+    found = evaluate(text_model.model, batches, text_model.tokenizer)
     return found.nats, found.targets
 
 

@@ -71,7 +71,7 @@ def test_a_greedy_answer_is_one() -> None:
     with torch.no_grad():
         for _ in range(4):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    right, wrong = score(model, [Request(ids, 3), Request([*ids[:-1], (ids[-1] + 1) % 61], 3)])
+    right, wrong = score(model, [Request(ids, 3), Request([*ids[:-1], (ids[-1] + 1) % 61], 3)], vocabulary=61)
     assert right.greedy.all() and right.greedy.shape == (4,)
     assert wrong.greedy.tolist() == [True, True, True, False]
 
@@ -97,8 +97,8 @@ def test_what_is_shared_is_computed_once() -> None:
         question = examples + [rng.randrange(61) for _ in range(20)]
         asked += [Request(question + [rng.randrange(61) for _ in range(4)], len(question)) for _ in range(4)]
     model = tiny_model()
-    shared = tokens_through(model, lambda: score(model, asked, worth=16))
-    alone = tokens_through(model, lambda: score(model, asked, share=False))
+    shared = tokens_through(model, lambda: score(model, asked, vocabulary=61, worth=16))
+    alone = tokens_through(model, lambda: score(model, asked, vocabulary=61, share=False))
     assert alone == 40 * 83 and shared <= 60 + 10 * 20 + 40 * 3 + 10
 
 
@@ -106,7 +106,7 @@ def test_logits_are_formed_where_they_are_asked_for() -> None:
     model, rows = tiny_model(), []
     handle = model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(len(inputs[0])))
     context = list(range(50))
-    score(model, [Request([*context, answer], 50) for answer in (1, 2, 3)])
+    score(model, [Request([*context, answer], 50) for answer in (1, 2, 3)], vocabulary=61)
     handle.remove()
     assert sum(rows) == 1  # three answers of one token at one place
 

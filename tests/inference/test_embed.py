@@ -114,6 +114,100 @@ def test_hard_negatives(embedder: Embedder) -> None:
     assert sum(len(r.wrong) for r in strict) < sum(len(r.wrong) for r in mine(embedder, records, count=12, margin=-2.0))
 
 
+@pytest.fixture
+def many(tmp_path: Path) -> Path:
+    """Texts of several lengths, for some ten batches of 64 tokens."""
+    file = tmp_path / "many.jsonl"
+    texts = [f"{i} " + "deposit interest " * (i % 7) for i in range(40)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return file
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(batch: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of each batch that goes through a model, until one is never computed."""
+    seen: list[int] = []
+    real = MoaiForEmbedding.forward
+
+    def forward(self: MoaiForEmbedding, ids: torch.Tensor, **options: object) -> object:
+        if len(seen) == batch:
+            raise Killed
+        seen.append(len(ids))
+        return real(self, ids, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(MoaiForEmbedding, "forward", forward)
+    return seen
+
+
+@pytest.mark.parametrize("suffix", ["npy", "jsonl", "parquet"])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    suffix: str,
+    path: Path,
+    many: Path,
+    tmp_path: Path,
+    moai: Moai,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if suffix == "parquet":
+        pytest.importorskip("pyarrow")
+    monkeypatch.setattr("moai_llm.inference.embed.BATCH_TOKENS", 64)
+    whole, broken = tmp_path / f"whole.{suffix}", tmp_path / f"broken.{suffix}"
+    partial = tmp_path / f"broken.{suffix}.partial"
+    common = ("--device", "cpu", "--dtype", "fp32")
+    with monkeypatch.context() as patch:
+        rows = kill_at(-1, patch)
+        moai("embed", path, many, "--out", whole, *common)
+    assert len(rows) > 8 and sum(rows) == 40 and not whole.with_name(whole.name + ".partial").exists()
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(5, patch)
+        moai("embed", path, many, "--out", broken, *common)
+    assert partial.exists() and not broken.exists()
+    with partial.open("r+b") as file:  # in the middle of writing the last batch
+        file.truncate(partial.stat().st_size - 7)
+    with monkeypatch.context() as patch:
+        again = kill_at(-1, patch)
+        said = moai("embed", path, many, "--out", broken, *common)
+    assert f"{sum(rows[:5]) - 1} of 40 texts are done" in said
+    assert again == rows[4:]  # the cut batch is computed again, whole
+    assert broken.read_bytes() == whole.read_bytes() and not partial.exists()
+
+
+def test_the_beginning_of_something_else_is_refused(
+    path: Path, many: Path, tmp_path: Path, tokenizer: Tokenizer, moai: Moai, fails: Moai,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("moai_llm.inference.embed.BATCH_TOKENS", 64)
+    out, common = tmp_path / "v.npy", ("--device", "cpu", "--dtype", "fp32")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(2, patch)
+        moai("embed", path, many, "--out", out, *common)
+    partial = tmp_path / "v.npy.partial"
+    before = partial.read_bytes()
+    other = make_embedder(tmp_path / "other", tokenizer, pooling="last")
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(many.read_text().splitlines(keepends=True)[:-1]))
+    for arguments, what in (
+        ((other, many, *common), "another model"),
+        ((path, fewer, *common), "other texts"),
+        ((path, many, *common, "--max-length", 9), "another --max-length"),
+        ((path, many, "--device", "cpu", "--dtype", "bf16"), "another --dtype"),
+    ):
+        said = fails("embed", *arguments, "--out", out)
+        assert f"is the beginning of a run with {what}: repeat that one to go on, or add --overwrite" in said
+        assert partial.read_bytes() == before
+    partial.write_bytes(b"no header\n")
+    assert "is the beginning of a run with another model" in fails("embed", path, many, "--out", out, *common)
+    partial.write_bytes(before[:9])  # killed while it was begun
+    moai("embed", path, many, "--out", out, *common)
+    partial.write_bytes(before)
+    moai("embed", other, many, "--out", out, *common, "--overwrite")
+    moai("embed", other, many, "--out", tmp_path / "w.npy", *common)
+    assert out.read_bytes() == (tmp_path / "w.npy").read_bytes() and not partial.exists()
+
+
 def test_the_commands(path: Path, tmp_path: Path, moai: Moai, fails: Moai) -> None:  # noqa: F811
     lines = [{"question": f"deposit {i}?", "answer": f"Paid: {i}.", "score": i / 10} for i in range(8)]
     file = tmp_path / "pairs.jsonl"

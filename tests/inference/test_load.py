@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from moai_llm.inference import Engine, Sampling, load_model
+from moai_llm.cli import main
+from moai_llm.inference import Engine, Sampling, Session, load_model
+from moai_llm.inference.load import UNNAMED
 from moai_llm.modeling.model import MoaiForCausalLM
 from moai_llm.runtime import MoaiError
 from moai_llm.tokenizer import Tokenizer
@@ -38,8 +41,6 @@ def test_a_model_of_transformers_becomes_ours(kind: str, tokenizer: Tokenizer, t
 def test_what_our_bricks_do_not_compute_stays_what_it_is(tokenizer: Tokenizer, tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from moai_llm.inference import Session
-
     config = GPT2Config(vocab_size=512, n_positions=64, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
@@ -49,6 +50,51 @@ def test_what_our_bricks_do_not_compute_stays_what_it_is(tokenizer: Tokenizer, t
     first = list(session.stream(prompt, greedy))
     longer = [*prompt, *first, 5, 6]
     assert list(session.stream(longer, greedy)) == list(Session(model).stream(longer, greedy))
+
+
+def foreign(kind: str, tokenizer: Tokenizer, place: Path) -> Path:
+    """A model of transformers that our bricks do not compute."""
+    ends = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        made: torch.nn.Module = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=512, n_positions=48, n_embd=8, n_layer=1, n_head=2, **ends)
+        )
+    else:
+        made = transformers.Mamba2ForCausalLM(
+            transformers.Mamba2Config(
+                vocab_size=512, hidden_size=16, num_hidden_layers=1, state_size=4, num_heads=4, head_dim=8, n_groups=1,
+                chunk_size=8, **ends,
+            )
+        )  # fmt: skip
+    made.save_pretrained(place)  # type: ignore[operator]
+    tokenizer.save(place)
+    return place
+
+
+@pytest.mark.filterwarnings("ignore:.*fast path is not available")
+@pytest.mark.parametrize(("kind", "context", "bounded"), [("gpt2", 48, True), ("mamba2", UNNAMED, False)])
+def test_a_class_may_name_its_context_or_none(
+    kind: str, context: int, bounded: bool, tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = foreign(kind, tokenizer, tmp_path)
+    model = load_model(place, "cpu", "fp32")
+    assert (model.context, model.bounded) == (context, bounded)
+    text = "Interest is paid on the deposit. " * 12
+    tokens = len(tokenizer.encode(text))
+    assert tokens > 60
+    main(["eval", "perplexity", str(place), "--text", text, "--device", "cpu"])
+    assert f" {tokens - -(-tokens // min(context, tokens))} " in capsys.readouterr().out  # predicted, over all windows
+    arguments = ["generate", str(place), "--max-new-tokens", "4", "--kv-cache", "dynamic", "--device", "cpu"]
+    main([*arguments, "--prompt", "Interest is paid"])
+    assert capsys.readouterr().out.startswith("Interest is paid")
+    session = Session(model)
+    if bounded:
+        with pytest.raises(MoaiError, match=f"the prompt has {tokens} tokens; this model takes {context}"):
+            list(session.stream(tokenizer.encode(text), Sampling(3)))
+    else:  # a state has no end
+        ids = tokenizer.encode(text)
+        assert len(list(session.stream((ids * 40)[: context + 5], Sampling(2, temperature=0)))) <= 2
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft still asks for it by the old name

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from moai_llm.commands.train import make_hooks
 from moai_llm.data.embedding_loader import EmbeddingLoader
 from moai_llm.data.embedding_records import read_one
+from moai_llm.data.embedding_store import ANCHOR, RIGHT
 from moai_llm.data.prepare import prepare
 from moai_llm.data.shards import Store
 from moai_llm.evaluation.embedding import as_search, evaluate_texts
@@ -124,8 +125,61 @@ def test_the_loss_of_a_step(related: Store, mixer: str) -> None:
     assert abs(float((careless.forward(model, batch, counts).loss - expected).detach())) > 1e-3
 
 
+def pairs_by_hand(batch: dict[str, Tensor], vectors: dict[tuple[int, int], Tensor], loss: str) -> Tensor:
+    """Each answer against the anchor before it in its row, one at a time: (cos - score)^2, or the margin loss."""
+    losses, anchor = [], None
+    for row in range(batch["role"].shape[0]):
+        for k in range(batch["role"].shape[1]):
+            role, score = int(batch["role"][row, k]), float(batch["score"][row, k])
+            if role == ANCHOR:
+                anchor = vectors[row, k]
+            elif role:
+                assert anchor is not None
+                cosine = (anchor * vectors[row, k]).sum() / (anchor.norm() * vectors[row, k].norm())
+                target = score if score >= 0 else float(role == RIGHT)
+                if loss == "cosine":
+                    losses.append((cosine - target) ** 2)
+                else:
+                    far, near = (1 - cosine) ** 2, (0.5 - (1 - cosine)).clamp_min(0) ** 2
+                    losses.append((target * far + (1 - target) * near) / 2)
+    return torch.stack(losses).sum() / len(losses)
+
+
+@pytest.mark.parametrize("groups", [[[1, 2]], [[1, 3]], [[1, 2, 3, 3, 1, 2], [1, 3, 2, 0, 0, 0], [1, 2, 1, 2, 1, 2]]])
+@pytest.mark.parametrize("kind", ["cosine", "pairwise"])
+def test_the_loss_of_pairs(groups: list[list[int]], kind: str) -> None:
+    """In fp64, loss and gradient by vectors of any length; 0 is a place in a row without a text. Some are graded."""
+    role = torch.tensor(groups)
+    generator = torch.Generator().manual_seed(5)
+    score = torch.rand(role.shape, generator=generator).where(torch.rand(role.shape, generator=generator) < 0.5, -1.0)
+    score = score.where(role > 1, -1.0)
+    there = role > 0
+    record, text = (role == ANCHOR).flatten().cumsum(0).view(role.shape), torch.arange(role.numel()).view(role.shape)
+    batch = {"role": role, "score": score, "record": record, "text": text}
+    raw = torch.randn(*role.shape, 7, dtype=torch.float64, generator=generator).requires_grad_()
+    made, texts = objective(kind), contrastive.Texts.of(batch)
+
+    def ours(texts: contrastive.Texts) -> Tensor:
+        own = F.normalize(raw[there], dim=1)
+        return sum(term for term, _ in contrastive.terms(made.loss, own, texts, own, texts, None))  # type: ignore
+
+    hand = pairs_by_hand(batch, {(r, k): raw[r, k] for r, k in there.nonzero().tolist()}, kind)
+    assert torch.allclose(ours(texts), hand, rtol=1e-12)
+    (found,), (right,) = (torch.autograd.grad(value, raw) for value in (ours(texts), hand))
+    assert torch.allclose(found, right, rtol=1e-9, atol=1e-12)
+    assert not found[~there].any()
+    if len(groups) > 1:  # controls
+        other, own = objective("pairwise" if kind == "cosine" else "cosine").loss, F.normalize(raw[there], dim=1)
+        [(another, _)] = contrastive.terms(other, own, texts, own, texts, None)
+        ungraded = ours(texts._replace(score=torch.full_like(texts.score, -1.0)))
+        shifted = texts.role.where(texts.role != ANCHOR, RIGHT).scatter(0, torch.tensor([0]), ANCHOR)
+        for wrong in (another, ungraded, ours(texts._replace(role=shifted))):
+            assert abs(float(wrong.detach() - hand.detach())) > 1e-2
+        assert right.abs().max() > 1e-3 and 0 < (texts.score >= 0).sum() < (texts.role > 1).sum()
+
+
 @pytest.mark.parametrize(("mixer", "mlp"), [("full_attention", "dense"), ("linear_attention", "sparse")])
-@pytest.mark.parametrize("kind", ["info_nce", "pairwise"])
+@pytest.mark.parametrize("kind", ["info_nce", "pairwise", "cosine"])
 def test_micro_batches_are_the_big_batch(related: Store, mixer: str, mlp: str, kind: str) -> None:
     """Weights after two steps in fp64, with dropout, routing losses and a learned temperature."""
     batch, weights = EmbeddingLoader(related, 96).rows(0, 6), []

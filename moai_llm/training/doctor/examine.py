@@ -45,9 +45,10 @@ def fits(model: Architecture, device: torch.device, name: str) -> Finding:
 
 def of_recipe(recipe: Recipe, name: str, device: torch.device) -> Iterator[Finding]:
     """Builds the model of a recipe, untrained or from train.init_from, and checks it on the recipe's data, or, where it
-    names none, on random tokens. With `lora` it is the model below the adapters, which begin as nothing.
+    names none, on random tokens. With `lora` it is the model below the adapters, which begin as nothing; with fp8 it is
+    the one without, whose laws hold to the last digits.
     """
-    recipe = replace(recipe, lora=LoraConfig())
+    recipe = replace(recipe, lora=LoraConfig(), train=replace(recipe.train, precision="fp32"))
     torch.manual_seed(recipe.train.seed)
     stores = recipe.data.stores()
     if stores:
