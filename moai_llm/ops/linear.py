@@ -27,7 +27,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if x.numel() <= FEW_ROWS * x.shape[-1]:
         return _linear(x, weight, bias)
-    return F.linear(x, weight, bias) if x.dtype is torch.float32 else _linear_many_rows(x, weight, bias)
+    if x.dtype is torch.float32:
+        return F.linear(x, weight, bias)
+    if (
+        x.numel() <= NATIVE_ROWS * x.shape[-1]
+        and many_rows_in_fp32(x, weight)
+        and _linear.pick("cpu", x.dtype) == "native"
+    ):
+        return _linear(x, weight, bias)
+    return _linear_many_rows(x, weight, bias)
 
 
 @torch.no_grad()
@@ -67,8 +75,6 @@ def linear_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tens
     give: a few megabytes, a few dozen for thousands of rows.
     """
     (outputs, width), rows = weight.shape, math.prod(x.shape[:-1])
-    if out is None and rows <= NATIVE_ROWS and _linear.pick("cpu", x.dtype) == "native":
-        return _linear(x, weight, bias)
     y = x.new_empty(*x.shape[:-1], outputs) if out is None else out
     x_wide, y_flat = x.reshape(rows, x.shape[-1]).float(), y.view(rows, outputs)
     size = max(1, BLOCK // max(1, width))
