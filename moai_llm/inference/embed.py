@@ -81,7 +81,7 @@ def embed(
         partial: where each batch is kept, and those of an earlier run are found.
     """
     ids, device = embedder.encode(texts, max_length), embedder.model.device
-    vectors = np.zeros((len(ids), embedder.model.width), np.float32)
+    vectors = np.zeros((len(ids), embedder.model.width), np.float32) if partial is None else partial.vectors
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     start = 0
     while start < len(order):
@@ -89,7 +89,6 @@ def embed(
         batch = order[start : start + max(1, batch_tokens // longest)]
         start += len(batch)
         if partial is not None and partial.done[batch].all():  # half a batch is done again: its rows are rounded alike
-            vectors[batch] = partial.vectors[batch]
             progress(len(batch))
             continue
         rows = torch.full((len(batch), longest), embedder.tokenizer.pad_id)
