@@ -370,8 +370,8 @@ def _check(recipe: Recipe, source: str) -> None:
         )
     if recipe.lora.rank and recipe.train.precision == "fp8":
         raise MoaiError(
-            f"{source}: the products of train.precision=fp8 compute the gradients of all weights, and adapters (lora) "
-            "need those of frozen ones not: set train.precision=bf16"
+            f"{source}: train.precision=fp8 computes the gradient of every weight, and adapters (lora) leave them "
+            "frozen: set train.precision=bf16"
         )
     if recipe.lora.experts and recipe.train.compile:
         raise MoaiError(f"{source}: lora.experts changes weights inside each forward, which train.compile=true cannot "

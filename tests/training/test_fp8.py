@@ -144,7 +144,7 @@ def test_where_there_is_no_fp8(make_recipe: MakeRecipe, monkeypatch: pytest.Monk
     for capability in [(8, 9), (9, 0), (10, 0), (12, 0)]:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         fp8.require_device(torch.device("cuda"))
-    with pytest.raises(MoaiError, match="adapters .lora. need those of frozen ones not"):
+    with pytest.raises(MoaiError, match="adapters .lora. leave them frozen"):
         recipes.load("moai-3b-tiny", [FP8, "lora.rank=4", "train.init_from=x"])
 
 
