@@ -85,7 +85,7 @@ def run(quick: bool = False) -> list[Table]:
         tokenizer.save(folder / "tokenizer")
         # the libraries would take these for control tokens
         pool = [text for each in texts.values() for text in each if "<|" not in text]
-        return [beside(pool, folder, 20 if quick else 40, 1 if quick else 3), *growing(pool, folder, quick)]
+        return [beside(pool, folder, 20 if quick else 40, 1 if quick else 7), *growing(pool, folder, quick)]
 
 
 def beside(pool: list[str], folder: Path, megabytes: int, rounds: int) -> Table:
